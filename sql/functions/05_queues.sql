@@ -1,0 +1,193 @@
+-- Queues: names, options, channels.
+
+-- A duration in an options document: a number of seconds, or an interval's text.
+create or replace function notifyq.duration(value jsonb) returns interval
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case jsonb_typeof(duration.value)
+        when 'number' then make_interval(secs => (duration.value #>> '{}')::float8)
+        else (duration.value #>> '{}')::interval
+    end
+$$;
+
+-- The queue's row. Raises NQ001 when there is none.
+create or replace function notifyq.queue_named(name text) returns notifyq.queue
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    found_queue notifyq.queue;
+begin
+    select q.* into found_queue
+    from notifyq.queue q
+    where q.name = queue_named.name;
+    if not found then
+        raise exception 'there is no queue named %', coalesce(quote_literal(queue_named.name), 'null')
+        using errcode = 'NQ001', hint = 'Create it first: select notifyq.create_queue(name), or start a worker that declares it.';
+    end if;
+    return found_queue;
+end
+$$;
+
+-- The notification channel of a queue; number 0 is the control channel and -1 announces
+-- finished jobs. Channels hold at most 63 bytes and queue names may be longer.
+create or replace function notifyq.channel(number int) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select 'nq_' || left(md5('notifyq'), 10) || '_' || channel.number
+$$;
+
+-- Refuses option names that a queue does not have. Raises NQ003.
+create or replace function notifyq.check_options(options jsonb, allowed text[]) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    unknown text;
+begin
+    if jsonb_typeof(check_options.options) is distinct from 'object' then
+        raise exception 'options must be a JSON object, not %', coalesce(jsonb_typeof(check_options.options), 'null')
+        using errcode = 'NQ003';
+    end if;
+    select string_agg(k, ', ' order by k) into unknown
+    from jsonb_object_keys(check_options.options) k
+    where k <> all (check_options.allowed);
+    if unknown is not null then
+        raise exception 'unknown option: %', unknown
+        using errcode = 'NQ003', hint = 'Options are: ' || array_to_string(check_options.allowed, ', ') || '.';
+    end if;
+end
+$$;
+
+create or replace function notifyq.queue_option_names() returns text[]
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array['retry_limit', 'retry_delay', 'retry_delay_max', 'retry_backoff', 'timeout', 'priority',
+        'retention', 'expire_in', 'dead_letter', 'max_data_bytes', 'bell']
+$$;
+
+-- The row that a queue would be with these options set. Absent options keep their value.
+-- Raises NQ001 (no such dead-letter queue) and NQ003 (a value that does not fit).
+create or replace function notifyq.with_options(queue notifyq.queue, options jsonb) returns notifyq.queue
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    o jsonb := with_options.options;
+    q notifyq.queue := with_options.queue;
+    option text;
+begin
+    perform notifyq.check_options(o, notifyq.queue_option_names());
+    for option in select jsonb_object_keys(o) loop
+        begin
+            case option
+                when 'retry_limit' then q.retry_limit := (o ->> option)::int;
+                when 'retry_delay' then q.retry_delay := notifyq.duration(o -> option);
+                when 'retry_delay_max' then q.retry_delay_max := notifyq.duration(o -> option);
+                when 'retry_backoff' then q.retry_backoff := (o ->> option)::boolean;
+                when 'timeout' then q.timeout := notifyq.duration(o -> option);
+                when 'priority' then q.priority := (o ->> option)::smallint;
+                when 'retention' then q.retention := notifyq.duration(o -> option);
+                when 'expire_in' then q.expire_in := notifyq.duration(o -> option);
+                when 'max_data_bytes' then q.max_data_bytes := (o ->> option)::int;
+                when 'bell' then q.bell := o ->> option;
+                else null;
+            end case;
+        exception when data_exception then
+            raise exception 'option % of queue %: % is not a value for it', option, q.name, o -> option
+            using errcode = 'NQ003', detail = sqlerrm;
+        end;
+    end loop;
+    if o ? 'dead_letter' then
+        q.dead_letter := case
+            when o ->> 'dead_letter' is null then null
+            else (notifyq.queue_named(o ->> 'dead_letter')).number
+        end;
+    end if;
+    return q;
+end
+$$;
+
+-- Makes a queue. Returns 'created', 'exists' (with these options), or 'differs: …', which
+-- names the options that stand otherwise and changes nothing: update_queue() does.
+create or replace function notifyq.create_queue(name text, options jsonb default '{}') returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    standing notifyq.queue;
+    wanted notifyq.queue;
+    differing text;
+begin
+    if create_queue.name is null or create_queue.name !~ '^[A-Za-z0-9_./-]{1,100}$' then
+        raise exception 'not a queue name: %', coalesce(quote_literal(create_queue.name), 'null')
+        using errcode = 'NQ002', hint = 'A queue name is 1 to 100 letters, digits and _ . - / characters.';
+    end if;
+    insert into notifyq.queue (name)
+    select create_queue.name
+    where not exists (select from notifyq.queue q where q.name = create_queue.name)
+    on conflict do nothing
+    returning * into standing;
+    if found then
+        perform notifyq.update_queue(create_queue.name, create_queue.options);
+        return 'created';
+    end if;
+    standing := notifyq.queue_named(create_queue.name);
+    wanted := notifyq.with_options(standing, create_queue.options);
+    select string_agg(format('%s is %s, not %s', s.key, coalesce(s.value, 'none'), coalesce(w.value, 'none')), '; ' order by s.key)
+    into differing
+    from jsonb_each_text(to_jsonb(standing)) s
+    join jsonb_each_text(to_jsonb(wanted)) w on w.key = s.key
+    where s.value is distinct from w.value;
+    return coalesce('differs: ' || differing, 'exists');
+end
+$$;
+
+-- Changes the options named; sends from then on inherit them.
+create or replace function notifyq.update_queue(name text, options jsonb) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    wanted notifyq.queue := notifyq.with_options(notifyq.queue_named(update_queue.name), update_queue.options);
+begin
+    update notifyq.queue q
+    set (retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, priority,
+            retention, expire_in, dead_letter, max_data_bytes, bell)
+        = (wanted.retry_limit, wanted.retry_delay, wanted.retry_delay_max, wanted.retry_backoff, wanted.timeout, wanted.priority,
+            wanted.retention, wanted.expire_in, wanted.dead_letter, wanted.max_data_bytes, wanted.bell)
+    where q.name = update_queue.name;
+exception when check_violation or not_null_violation then
+    raise exception 'an option of queue % is out of its range: %', update_queue.name, update_queue.options
+    using errcode = 'NQ003', detail = sqlerrm;
+end
+$$;
+
+-- Deletes a queue and all its jobs; returns how many jobs went. Refused (NQ003) while
+-- another queue names it as dead letter.
+create or replace function notifyq.delete_queue(name text) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    doomed notifyq.queue := notifyq.queue_named(delete_queue.name);
+    users text;
+    deleted bigint;
+begin
+    select string_agg(q.name, ', ') into users
+    from notifyq.queue q
+    where q.dead_letter = doomed.number;
+    if users is not null then
+        raise exception 'queue % is the dead letter of: %', delete_queue.name, users
+        using errcode = 'NQ003', hint = 'Give those queues another dead_letter first: notifyq.update_queue().';
+    end if;
+    -- waits for sends under way, which hold the row for key share
+    perform from notifyq.queue q where q.number = doomed.number for update;
+    deleted := notifyq.delete_all(delete_queue.name);
+    delete from notifyq.queue q where q.number = doomed.number;
+    return deleted;
+end
+$$;

@@ -1,0 +1,179 @@
+-- claim: ready tickets become active ones.
+
+-- Moves the due tickets of one queue (null: every queue) to ready; returns how many. One
+-- session at a time: the others find nothing to do.
+create or replace function notifyq.promote(queue int default null, how_many int default 1000) returns int
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    promoted int;
+begin
+    if not pg_try_advisory_xact_lock(notifyq.lock_class('promote'), coalesce(promote.queue, 0)) then
+        return 0;
+    end if;
+    with due as (
+        select s.job
+        from notifyq.scheduled s
+        where (promote.queue is null or s.queue = promote.queue)
+        and s.due_at <= clock_timestamp()
+        order by s.due_at
+        limit promote.how_many
+        for update skip locked
+    ), gone as (
+        delete from notifyq.scheduled s
+        using due
+        where s.job = due.job
+        returning s.job, s.queue, s.attempt, s.due_at
+    )
+    insert into notifyq.ready (queue, priority, number, job, attempt)
+    select g.queue, j.priority, nextval('notifyq.job_id_seq'), g.job, g.attempt
+    from gone g
+    join notifyq.job j on j.id = g.job
+    order by g.due_at, g.job;
+    get diagnostics promoted = row_count;
+    return promoted;
+end
+$$;
+
+-- Claims up to how_many jobs of a queue, in order, spending an attempt of each.
+--
+-- With a runtime: its lease must be live (NQ005 otherwise) and protects the claim. Without
+-- one (a claim by hand): the job must be settled or touched within lease (default: the job's
+-- timeout). priorities and floors: look only from floors[i] on at priorities[i]; null: look
+-- from the beginning. READ COMMITTED only (NQ006).
+--
+-- Locks: the runtime's row (key share), then tickets in order. Tickets locked by others are
+-- stepped over. The job is read in a later statement than the one that locks its ticket, so
+-- that an edit committed in between is seen.
+create or replace function notifyq.claim(
+    queue text,
+    how_many int default 1,
+    runtime uuid default null,
+    lease interval default null,
+    priorities smallint[] default null,
+    floors bigint[] default null
+)
+returns table (
+    id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
+    sent_at timestamptz, data jsonb, headers jsonb, provenance jsonb
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    q notifyq.queue := notifyq.queue_named(claim.queue);
+    jobs bigint[] := '{}';
+    numbers bigint[] := '{}';
+    attempts int[] := '{}';
+    more_jobs bigint[];
+    more_numbers bigint[];
+    more_attempts int[];
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception 'claim works in READ COMMITTED transactions only, not %', upper(current_setting('transaction_isolation'))
+        using errcode = 'NQ006', hint = 'Claim in a transaction of its own, or set its isolation level.';
+    end if;
+    if claim.how_many is null or claim.how_many < 1 then
+        raise exception 'how_many must be 1 or more, not %', coalesce(claim.how_many::text, 'null') using errcode = 'NQ003';
+    end if;
+    if claim.lease <= '0' then
+        raise exception 'lease must be above zero, not %', claim.lease using errcode = 'NQ003';
+    end if;
+    if claim.runtime is not null then
+        perform from notifyq.runtime r
+        where r.id = claim.runtime
+        and r.lease_until > clock_timestamp()
+        and not r.stopping
+        for key share;
+        if not found then
+            raise exception 'runtime % has no live lease', claim.runtime
+            using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
+        end if;
+    end if;
+
+    if exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= clock_timestamp()) then
+        perform notifyq.promote(q.number);
+    end if;
+
+    if claim.floors is null then
+        with gone as (
+            delete from notifyq.ready r
+            where r.ctid = any (array(
+                select t.ctid
+                from notifyq.ready t
+                where t.queue = q.number
+                order by t.priority desc, t.number
+                limit claim.how_many
+                for update skip locked
+            ))
+            returning r.job, r.number, r.attempt, r.priority
+        )
+        select array_agg(g.job order by g.priority desc, g.number), array_agg(g.number order by g.priority desc, g.number),
+            array_agg(g.attempt order by g.priority desc, g.number)
+        into jobs, numbers, attempts
+        from gone g;
+    else
+        for i in 1 .. cardinality(claim.floors) loop
+            with gone as (
+                delete from notifyq.ready r
+                where r.ctid = any (array(
+                    select t.ctid
+                    from notifyq.ready t
+                    where t.queue = q.number
+                    and t.priority = claim.priorities[i]
+                    and t.number >= claim.floors[i]
+                    order by t.priority desc, t.number
+                    limit claim.how_many - cardinality(jobs)
+                    for update skip locked
+                ))
+                returning r.job, r.number, r.attempt
+            )
+            select array_agg(g.job order by g.number), array_agg(g.number order by g.number), array_agg(g.attempt order by g.number)
+            into more_jobs, more_numbers, more_attempts
+            from gone g;
+            jobs := jobs || more_jobs;
+            numbers := numbers || more_numbers;
+            attempts := attempts || more_attempts;
+            exit when cardinality(jobs) >= claim.how_many;
+        end loop;
+    end if;
+    if coalesce(cardinality(jobs), 0) = 0 then
+        return;
+    end if;
+
+    return query
+    with claimed as materialized (
+        select j.id, t.attempt + 1 as attempt, t.number, j.priority, j.retry_limit, j.timeout,
+            j.sent_at, j.data, j.headers, j.provenance, t.place
+        from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) with ordinality t (job, number, attempt, place)
+        join notifyq.job j on j.id = t.job
+    ), active as (
+        insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
+        select c.id, q.number, c.attempt, c.number, claim.runtime, clock_timestamp(),
+            clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
+        from claimed c
+    )
+    select c.id, c.attempt, c.number, c.priority, c.retry_limit, extract(epoch from c.timeout)::float8,
+        c.sent_at, c.data, c.headers, c.provenance
+    from claimed c
+    order by c.place;
+end
+$$;
+
+-- The moment of the next due ticket of a queue, or null.
+create or replace function notifyq.next_due(queue int) returns timestamptz
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select s.due_at
+    from notifyq.scheduled s
+    where s.queue = next_due.queue
+    order by s.due_at
+    limit 1
+$$;

@@ -1,0 +1,94 @@
+-- complete: active jobs move to the archive as completed.
+
+-- Completes a batch. outputs is a JSON array, one element a job (null: no outputs); attempts
+-- null: whatever attempt is active (by hand). A job that is not active with this attempt and
+-- this runtime is left alone. Returns the ids that were completed.
+--
+-- Locks: active tickets in the order given (give them by id), then jobs.
+create or replace function notifyq.complete(
+    jobs bigint[],
+    outputs jsonb default null,
+    attempts int[] default null,
+    runtime uuid default null
+) returns bigint[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+    completed bigint[];
+    unkept bigint[];
+    queues int[];
+begin
+    if complete.outputs is not null and jsonb_typeof(complete.outputs) <> 'array' then
+        raise exception 'outputs must be a JSON array with one element a job' using errcode = 'NQ003';
+    end if;
+    with gone as (
+        delete from notifyq.active a
+        using rows from (
+            unnest(complete.jobs), unnest(complete.attempts), jsonb_array_elements(complete.outputs)
+        ) as o (job, attempt, output)
+        where a.job = o.job
+        and (complete.attempts is null or a.attempt = o.attempt)
+        and a.runtime is not distinct from complete.runtime
+        returning a.job, a.queue, a.attempt, a.runtime, a.claimed_at, nullif(o.output, 'null') as output
+    ), done as (
+        delete from notifyq.job j
+        using gone g
+        where j.id = g.job
+        returning j.*, g.attempt, g.runtime, g.claimed_at, g.output
+    ), judged as materialized (
+        select d.*, q.retention, q.retention is null or q.retention > '0' as kept
+        from done d
+        join notifyq.queue q on q.number = d.queue
+    ), kept as (
+        insert into notifyq.archive (
+            id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, id_key,
+            headers, provenance, data, finished_at, claimed_at, runtime, attempt, leaves_on, state, output
+        )
+        select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.id_key,
+            k.headers, k.provenance, k.data, now(), k.claimed_at, k.runtime, k.attempt, notifyq.leaves_on(k.retention), 'completed', k.output
+        from judged k
+        where k.kept
+    )
+    select array_agg(j.id), array_agg(j.id) filter (where not j.kept and (j.attempt > 1 or j.id_key is not null)), array_agg(distinct j.queue)
+    into completed, unkept, queues
+    from judged j;
+    if unkept is not null then
+        perform notifyq.forget(unkept);
+    end if;
+    if completed is not null then
+        -- one queue a settle is the usual case; ids of another in its announcement do no harm
+        perform notifyq.announce(n, completed) from unnest(queues) n;
+    end if;
+    return coalesce(completed, '{}');
+end
+$$;
+
+-- Completes one job that was claimed by hand; true if it was active.
+create or replace function notifyq.complete(job bigint, output jsonb default null, attempt int default null) returns boolean
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select cardinality(notifyq.complete(array[complete.job], jsonb_build_array(complete.output),
+        case when complete.attempt is null then null else array[complete.attempt] end, null::uuid)) = 1
+$$;
+
+-- The day on which a row that is kept this long may go; null (the default leaf): over 31 days.
+create or replace function notifyq.leaves_on(retention interval) returns date
+language sql stable
+as $$
+    select case when retention <= interval '31 days' then ((now() + retention) at time zone 'utc')::date + 1 end
+$$;
+
+-- Drops what is remembered of jobs beside their rows: failed attempts and idempotency keys.
+create or replace function notifyq.forget(jobs bigint[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+    delete from notifyq.attempt a where a.job = any (forget.jobs);
+    delete from notifyq.id_key k where k.job = any (forget.jobs);
+$$;
