@@ -83,12 +83,3 @@ as $$
     select case when retention <= interval '31 days' then ((now() + retention) at time zone 'utc')::date + 1 end
 $$;
 
--- Drops what is remembered of jobs beside their rows: failed attempts and idempotency keys.
-create or replace function notifyq.forget(jobs bigint[]) returns void
-language sql
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-as $$
-    delete from notifyq.attempt a where a.job = any (forget.jobs);
-    delete from notifyq.id_key k where k.job = any (forget.jobs);
-$$;

@@ -1,0 +1,150 @@
+-- finish: jobs that will not run again move to the archive. Also the ways out of active that
+-- fail(), snooze(), release() and discard() share.
+
+-- Takes tickets out of active, by id; returns them. A ticket that is not active with this
+-- attempt (attempts null: any) and this runtime (null: claimed by hand) stays.
+create or replace function notifyq.leave_active(jobs bigint[], attempts int[], runtime uuid) returns setof notifyq.active
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+    delete from notifyq.active a
+    using (
+        select o.job, o.attempt
+        from rows from (unnest(leave_active.jobs), unnest(leave_active.attempts)) o (job, attempt)
+        order by o.job
+    ) o
+    where a.job = o.job
+    and (leave_active.attempts is null or a.attempt = o.attempt)
+    and a.runtime is not distinct from leave_active.runtime
+    returning a.*
+$$;
+
+-- Takes the tickets of waiting jobs, wherever they wait, shaped as active ones that were never
+-- claimed. Scheduled before ready: that is the way a ticket moves. Locks: tickets.
+create or replace function notifyq.leave_waiting(jobs bigint[]) returns setof notifyq.active
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+begin
+    return query
+    delete from notifyq.scheduled s
+    where s.job = any (leave_waiting.jobs)
+    returning s.job, s.job, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, s.queue, s.attempt, null::jsonb;
+
+    return query
+    delete from notifyq.ready r
+    using notifyq.job j
+    where j.id = any (leave_waiting.jobs)
+    and r.queue = j.queue
+    and r.priority = j.priority
+    and r.number = j.id
+    and r.job = j.id
+    returning r.job, r.number, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, r.queue, r.attempt, null::jsonb;
+
+    return query
+    delete from notifyq.ready r
+    where r.job = any (leave_waiting.jobs)
+    and r.number <> r.job
+    returning r.job, r.number, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, r.queue, r.attempt, null::jsonb;
+end
+$$;
+
+-- Copies failed jobs to their queues' dead-letter queues, saying where they came from. The copy
+-- takes the dead-letter queue's options. Call before finish() and after noting the attempt.
+create or replace function notifyq.copy_to_dead_letter(jobs bigint[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+    with copy as (
+        insert into notifyq.job (queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, provenance)
+        select d.number, j.data, j.headers, d.priority, d.retry_limit, d.retry_delay, d.retry_delay_max, d.retry_backoff, d.timeout, now() + d.expire_in,
+            jsonb_build_object(
+                'queue', q.name, 'id', j.id, 'sent_at', j.sent_at, 'priority', j.priority,
+                'attempts', coalesce(e.attempt, 0), 'error', jsonb_build_object('type', e.type, 'message', e.message)
+            )
+        from unnest(copy_to_dead_letter.jobs) f (job)
+        join notifyq.job j on j.id = f.job
+        join notifyq.queue q on q.number = j.queue
+        join notifyq.queue d on d.number = q.dead_letter
+        left join lateral (
+            select a.attempt, a.type, a.message
+            from notifyq.attempt a
+            where a.job = j.id
+            order by a.attempt desc, a.failed_at desc
+            limit 1
+        ) e on true
+        order by j.id
+        returning id, queue, priority
+    )
+    insert into notifyq.ready (queue, priority, number, job)
+    select c.queue, c.priority, c.id, c.id
+    from copy c
+    order by c.id
+$$;
+
+-- Archives jobs whose tickets were taken, or forgets those whose queue keeps nothing, and
+-- announces them. complete() does the same within its one statement.
+create or replace function notifyq.finish(ended notifyq.active[], state text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+    unkept bigint[];
+    tally record;
+begin
+    if finish.state = 'failed' then
+        perform notifyq.copy_to_dead_letter((select array_agg(e.job) from unnest(finish.ended) e));
+    end if;
+    with done as (
+        delete from notifyq.job j
+        using (select * from unnest(finish.ended) e order by e.job) e
+        where j.id = e.job
+        returning j.*, e.attempt, e.runtime, e.claimed_at
+    ), judged as materialized (
+        select d.*, q.retention, q.retention is null or q.retention > '0' as kept
+        from done d
+        join notifyq.queue q on q.number = d.queue
+    ), kept as (
+        insert into notifyq.archive (
+            id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, id_key,
+            headers, provenance, data, finished_at, claimed_at, runtime, attempt, leaves_on, state
+        )
+        select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.id_key,
+            k.headers, k.provenance, k.data, now(), k.claimed_at, k.runtime, k.attempt, notifyq.leaves_on(k.retention), finish.state
+        from judged k
+        where k.kept
+    )
+    select array_agg(j.id)
+    into unkept
+    from judged j
+    where not j.kept;
+    if unkept is not null then
+        perform notifyq.forget(unkept);
+    end if;
+    for tally in select e.queue, array_agg(e.job order by e.job) as jobs from unnest(finish.ended) e group by e.queue loop
+        perform notifyq.announce(tally.queue, tally.jobs);
+    end loop;
+end
+$$;
+
+-- Drops what is remembered of jobs beside their rows: failed attempts and idempotency keys.
+create or replace function notifyq.forget(jobs bigint[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+    delete from notifyq.attempt a where a.job = any (forget.jobs);
+    delete from notifyq.id_key k where k.job = any (forget.jobs);
+$$;

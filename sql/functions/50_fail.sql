@@ -1,0 +1,178 @@
+-- fail, snooze, release, discard: an active job that did not complete.
+
+-- Seconds until the next attempt after the n-th failed one. Fixed: retry_delay. With backoff:
+-- d = min(retry_delay_max, retry_delay * 2^(n-1)), jittered evenly over [d/2, d] ("equal
+-- jitter": AWS Architecture Blog, Exponential Backoff And Jitter, 2015).
+create or replace function notifyq.backoff(retry_delay interval, retry_delay_max interval, retry_backoff boolean, attempt int) returns interval
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when backoff.retry_backoff
+        then make_interval(secs => least(
+            extract(epoch from backoff.retry_delay_max)::float8,
+            extract(epoch from backoff.retry_delay)::float8 * power(2, least(backoff.attempt - 1, 60))
+        ) * (0.5 + random() / 2))
+        else backoff.retry_delay
+    end
+$$;
+
+-- Fails attempts of a batch: each is tried again later, or ends as failed (retries used up, or
+-- final). errors is a JSON array of {type, message, traceback}, one a job. retry_in overrides
+-- the backoff where not null. attempts null: whatever attempt is active.
+--
+-- Returns the jobs it affected and where they stand now: scheduled, ready or failed. Ones that
+-- are not active with this attempt and runtime are left alone. Locks: active tickets by id,
+-- then jobs.
+create or replace function notifyq.fail(
+    jobs bigint[],
+    errors jsonb,
+    attempts int[] default null,
+    runtime uuid default null,
+    final boolean[] default null,
+    retry_in interval[] default null
+) returns table (id bigint, state text)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    ended notifyq.active[];
+    judged record;
+begin
+    if jsonb_typeof(fail.errors) is distinct from 'array' or jsonb_array_length(fail.errors) <> cardinality(fail.jobs) then
+        raise exception 'errors must be a JSON array of {type, message, traceback} with one element a job' using errcode = 'NQ003';
+    end if;
+    with failure as materialized (
+        select f.job, f.error, coalesce(f.final, false) as final, f.retry_in
+        from rows from (unnest(fail.jobs), jsonb_array_elements(fail.errors), unnest(fail.final), unnest(fail.retry_in)) f (job, error, final, retry_in)
+    ), gone as materialized (
+        select a.*, a as ticket
+        from notifyq.leave_active(fail.jobs, fail.attempts, fail.runtime) a
+    ), noted as (
+        insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message, traceback)
+        select g.job, g.claimed_at, g.runtime, g.attempt, coalesce(f.error ->> 'type', 'Error'), coalesce(f.error ->> 'message', ''), f.error ->> 'traceback'
+        from gone g
+        join failure f on f.job = g.job
+    ), verdict as materialized (
+        select g.job, g.queue, g.attempt, g.ticket, j.priority, f.final or g.attempt > j.retry_limit as ends,
+            coalesce(f.retry_in, notifyq.backoff(j.retry_delay, j.retry_delay_max, j.retry_backoff, g.attempt)) as delay
+        from gone g
+        join failure f on f.job = g.job
+        join notifyq.job j on j.id = g.job
+    ), later as (
+        insert into notifyq.scheduled (job, queue, attempt, due_at)
+        select v.job, v.queue, v.attempt, clock_timestamp() + v.delay
+        from verdict v
+        where not v.ends
+        and v.delay > '0'
+    ), again as (
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select v.queue, v.priority, nextval('notifyq.job_id_seq'), v.job, v.attempt
+        from verdict v
+        where not v.ends
+        and v.delay <= '0'
+    )
+    select array_agg(v.ticket) filter (where v.ends) as ended, array_agg(v.job) as jobs,
+        array_agg(case when v.ends then 'failed' when v.delay > '0' then 'scheduled' else 'ready' end) as states
+    into judged
+    from verdict v;
+    ended := judged.ended;
+    if ended is not null then
+        perform notifyq.finish(ended, 'failed');
+    end if;
+    return query
+    select * from unnest(judged.jobs, judged.states);
+end
+$$;
+
+-- Fails the attempt of one job that was claimed by hand. Returns where the job stands now, or
+-- null if it was not active.
+create or replace function notifyq.fail(
+    job bigint,
+    message text,
+    type text default 'Error',
+    attempt int default null,
+    final boolean default false,
+    retry_in interval default null
+) returns text
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select f.state
+    from notifyq.fail(array[fail.job], jsonb_build_array(jsonb_build_object('type', fail.type, 'message', fail.message)),
+        case when fail.attempt is null then null else array[fail.attempt] end, null::uuid, array[fail.final], array[fail.retry_in]) f
+$$;
+
+-- Puts active jobs off without spending an attempt; a delay of zero: to the end of the line.
+-- Returns the ids affected. Locks: active tickets by id.
+create or replace function notifyq.snooze(jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null) returns bigint[]
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+    with gone as materialized (
+        select g.job, g.queue, g.attempt, o.delay
+        from notifyq.leave_active(snooze.jobs, snooze.attempts, snooze.runtime) g
+        join rows from (unnest(snooze.jobs), unnest(snooze.delays)) o (job, delay) on o.job = g.job
+    ), later as (
+        insert into notifyq.scheduled (job, queue, attempt, due_at)
+        select g.job, g.queue, g.attempt - 1, clock_timestamp() + g.delay
+        from gone g
+        where g.delay > '0'
+    ), again as (
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select g.queue, j.priority, nextval('notifyq.job_id_seq'), g.job, g.attempt - 1
+        from gone g
+        join notifyq.job j on j.id = g.job
+        where coalesce(g.delay, '0') <= '0'
+    )
+    select coalesce(array_agg(g.job), '{}')
+    from gone g
+$$;
+
+-- Hands back claimed jobs that were not started: same place in the line, no attempt spent.
+-- Returns the ids affected. Locks: active tickets by id.
+create or replace function notifyq.release(jobs bigint[], attempts int[] default null, runtime uuid default null) returns bigint[]
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+    with gone as materialized (
+        select g.*
+        from notifyq.leave_active(release.jobs, release.attempts, release.runtime) g
+    ), back as (
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select g.queue, j.priority, g.number, g.job, g.attempt - 1
+        from gone g
+        join notifyq.job j on j.id = g.job
+        order by g.number
+    )
+    select coalesce(array_agg(g.job), '{}')
+    from gone g
+$$;
+
+-- Ends active jobs as cancelled: their worker discarded them, or confirms a cancel request.
+-- Returns the ids affected. Locks: active tickets by id, then jobs.
+create or replace function notifyq.discard(jobs bigint[], attempts int[] default null, runtime uuid default null) returns bigint[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    ended notifyq.active[];
+begin
+    select array_agg(a) into ended
+    from notifyq.leave_active(discard.jobs, discard.attempts, discard.runtime) a;
+    if ended is null then
+        return '{}';
+    end if;
+    perform notifyq.finish(ended, 'cancelled');
+    return (select array_agg(e.job) from unnest(ended) e);
+end
+$$;
