@@ -121,6 +121,8 @@ create table notifyq.id_key (
     job bigint not null,
     primary key (queue, key)
 );
+-- forget(): the keys of jobs that go.
+create index id_key_job on notifyq.id_key (job);
 
 create table notifyq.runtime (
     id uuid primary key,
