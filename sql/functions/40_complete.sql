@@ -75,11 +75,3 @@ as $$
     select cardinality(notifyq.complete(array[complete.job], jsonb_build_array(complete.output),
         case when complete.attempt is null then null else array[complete.attempt] end, null::uuid)) = 1
 $$;
-
--- The day on which a row that is kept this long may go; null (the default leaf): over 31 days.
-create or replace function notifyq.leaves_on(retention interval) returns date
-language sql stable
-as $$
-    select case when retention <= interval '31 days' then ((now() + retention) at time zone 'utc')::date + 1 end
-$$;
-

@@ -148,3 +148,14 @@ as $$
     delete from notifyq.attempt a where a.job = any (forget.jobs);
     delete from notifyq.id_key k where k.job = any (forget.jobs);
 $$;
+
+-- The day on which a row that is kept this long may go, in UTC.
+create or replace function notifyq.leaves_on(retention interval) returns date
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select case
+        when leaves_on.retention <= interval '31 days' then ((now() + leaves_on.retention) at time zone 'utc')::date + 1
+        else 'infinity'
+    end
+$$;

@@ -88,19 +88,23 @@ create table notifyq.active (
 create index active_runtime on notifyq.active (runtime);
 
 -- Partitioned by the day on which a row may go, so that dropping a day waits for no other
--- queue. The default leaf takes what is kept for ever or for over 31 days.
+-- queue. What is kept for over 31 days or for ever lies in archive_kept; archive_default takes
+-- a day whose leaf is missing, and is kept empty so that attaching a leaf has nothing to scan.
 create table notifyq.archive (
     like notifyq.job,
     finished_at timestamptz not null,
     claimed_at timestamptz,
     runtime uuid,
     attempt int not null,
-    leaves_on date,
+    leaves_on date not null,
     state text not null check (state in ('completed', 'failed', 'cancelled')),
     output jsonb
 ) partition by range (leaves_on);
 create index archive_id on notifyq.archive (id);
 create table notifyq.archive_default partition of notifyq.archive default;
+create table notifyq.archive_kept partition of notifyq.archive for values from ('infinity') to (maxvalue);
+-- purge(): what one queue has kept long enough.
+create index archive_kept_age on notifyq.archive_kept (queue, finished_at);
 
 -- One row an attempt that did not complete. No foreign key: the job's row moves.
 create table notifyq.attempt (
@@ -129,6 +133,7 @@ create table notifyq.runtime (
     started_at timestamptz not null default now(),
     beat_at timestamptz not null default now(),
     lease_until timestamptz not null,
+    lease interval not null,
     pid int not null,
     hostname text not null,
     version text not null,

@@ -1,0 +1,212 @@
+-- Leases: a runtime holds one row and renews it; what a dead one held is rescued.
+
+-- Registers a runtime, or renews the registration of one whose lease was lost.
+create or replace function notifyq.register(
+    runtime uuid,
+    queues text[],
+    lease interval default '12 seconds',
+    pid int default 0,
+    hostname text default '',
+    version text default ''
+) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    insert into notifyq.runtime (id, queues, lease, lease_until, pid, hostname, version)
+    values (register.runtime, register.queues, register.lease, clock_timestamp() + register.lease, register.pid, register.hostname, register.version)
+    on conflict (id) do update
+    set (lease, lease_until, beat_at, stopping) = (excluded.lease, excluded.lease_until, excluded.beat_at, false)
+$$;
+
+-- Renews a runtime's lease, and is its poll: what it must know if every NOTIFY was lost.
+--
+-- renewed: false when the runtime is not registered (its lease lapsed and it was rescued).
+-- cancels: its jobs with an outstanding cancel request. ready: the numbers of its queues that
+-- have ready or due jobs. due_in: seconds until the next due time by queue number. lapse_in:
+-- seconds until somebody else's lease, or a claim by hand, lapses: rescue() is due then.
+--
+-- Locks: the runtime's row.
+create or replace function notifyq.beat(
+    runtime uuid,
+    queues int[] default '{}',
+    out renewed boolean,
+    out cancels bigint[],
+    out ready int[],
+    out due_in jsonb,
+    out lapse_in float8
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+begin
+    update notifyq.runtime r
+    set beat_at = clock_timestamp(), lease_until = clock_timestamp() + r.lease
+    where r.id = beat.runtime;
+    renewed := found;
+    select coalesce(array_agg(a.job), '{}') into cancels
+    from notifyq.active a
+    where a.runtime = beat.runtime
+    and a.cancel_requested_at is not null;
+    select coalesce(array_agg(n.queue) filter (where n.standing or n.due <= clock_timestamp()), '{}'),
+        coalesce(jsonb_object_agg(n.queue, extract(epoch from n.due - clock_timestamp())) filter (where n.due is not null), '{}')
+    into ready, due_in
+    from (
+        select u.queue, exists (select from notifyq.ready t where t.queue = u.queue) as standing, notifyq.next_due(u.queue) as due
+        from unnest(beat.queues) u (queue)
+    ) n;
+    select extract(epoch from min(l.lapses) - clock_timestamp()) into lapse_in
+    from (
+        select min(r.lease_until) as lapses from notifyq.runtime r where r.id <> beat.runtime
+        union all
+        select min(a.deadline) from notifyq.active a where a.runtime is null
+    ) l;
+end
+$$;
+
+-- The jobs a runtime still holds: after a reconnect it cancels the handlers of all others.
+create or replace function notifyq.held(runtime uuid) returns table (job bigint, attempt int)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select a.job, a.attempt
+    from notifyq.active a
+    where a.runtime = held.runtime
+$$;
+
+-- Gives an active job this much time from now; true if it was active.
+create or replace function notifyq.touch(job bigint, extend interval, attempt int default null, runtime uuid default null) returns boolean
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    with touched as (
+        update notifyq.active a
+        set deadline = clock_timestamp() + touch.extend + case when a.runtime is null then interval '0' else interval '1 minute' end
+        where a.job = touch.job
+        and (touch.attempt is null or a.attempt = touch.attempt)
+        and a.runtime is not distinct from touch.runtime
+        returning a.job
+    )
+    select exists (select from touched)
+$$;
+
+-- Stores the progress of an active job, visible while it runs; true if it was active.
+create or replace function notifyq.progress(job bigint, progress jsonb, attempt int default null, runtime uuid default null) returns boolean
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    with reported as (
+        update notifyq.active a
+        set progress = progress.progress
+        where a.job = progress.job
+        and (progress.attempt is null or a.attempt = progress.attempt)
+        and a.runtime is not distinct from progress.runtime
+        returning a.job
+    )
+    select exists (select from reported)
+$$;
+
+-- Puts lost jobs back in their places in line, their attempt spent, so that a job that kills
+-- its process does not loop for ever: one with no retries left fails as 'lost', one with a
+-- cancel request is cancelled. Call with the tickets just taken out of active.
+create or replace function notifyq.recover(lost notifyq.active[]) returns table (job bigint, state text)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    back notifyq.active[];
+    failed notifyq.active[];
+    cancelled notifyq.active[];
+begin
+    insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message)
+    select l.job, l.claimed_at, l.runtime, l.attempt, 'lost', 'its runtime stopped without settling it, or its deadline passed'
+    from unnest(recover.lost) l;
+    select array_agg(l) filter (where l.cancel_requested_at is not null),
+        array_agg(l) filter (where l.cancel_requested_at is null and l.attempt > j.retry_limit),
+        array_agg(l) filter (where l.cancel_requested_at is null and l.attempt <= j.retry_limit)
+    into cancelled, failed, back
+    from unnest(recover.lost) l
+    join notifyq.job j on j.id = l.job;
+    insert into notifyq.ready (queue, priority, number, job, attempt)
+    select b.queue, j.priority, b.number, b.job, b.attempt
+    from unnest(back) b
+    join notifyq.job j on j.id = b.job
+    order by b.number;
+    if failed is not null then
+        perform notifyq.finish(failed, 'failed');
+    end if;
+    if cancelled is not null then
+        perform notifyq.finish(cancelled, 'cancelled');
+    end if;
+    return query
+    select b.job, 'ready' from unnest(back) b
+    union all
+    select f.job, 'failed' from unnest(failed) f
+    union all
+    select c.job, 'cancelled' from unnest(cancelled) c;
+end
+$$;
+
+-- Ends a runtime's registration; what it still holds is recovered.
+create or replace function notifyq.deregister(runtime uuid) returns table (job bigint, state text)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    lost notifyq.active[];
+begin
+    perform from notifyq.runtime r where r.id = deregister.runtime for update;
+    select array_agg(a) into lost
+    from notifyq.leave_active(array(select a.job from notifyq.active a where a.runtime = deregister.runtime), null, deregister.runtime) a;
+    delete from notifyq.runtime r where r.id = deregister.runtime;
+    return query
+    select * from notifyq.recover(lost);
+end
+$$;
+
+-- Recovers what runtimes with a lapsed lease hold, and jobs past their deadline (claims by
+-- hand; for others the deadline is a backstop, a minute after the timeout). For one lease after
+-- the server started nobody's lease counts as lapsed: they could not renew.
+--
+-- Locks: runtimes' rows, stepping over those in use (a claim under way), then tickets.
+create or replace function notifyq.rescue() returns table (job bigint, state text)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    dead uuid;
+    late notifyq.active[];
+begin
+    for dead in
+        select r.id
+        from notifyq.runtime r
+        where r.lease_until < clock_timestamp()
+        and pg_postmaster_start_time() + r.lease < clock_timestamp()
+        order by r.id
+        for update skip locked
+    loop
+        return query
+        select * from notifyq.deregister(dead);
+    end loop;
+    with gone as (
+        delete from notifyq.active a
+        where a.job in (
+            select p.job
+            from notifyq.active p
+            where p.deadline < clock_timestamp()
+            order by p.job
+            for update skip locked
+        )
+        returning a.*
+    )
+    select array_agg(g) into late from (select * from gone) g;
+    return query
+    select * from notifyq.recover(late);
+end
+$$;
