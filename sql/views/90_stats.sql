@@ -1,0 +1,126 @@
+-- What people and BI tools read. A job is found by id through indexes alone.
+
+-- The last failed attempt of a job.
+create or replace function notifyq.last_error(job bigint) returns jsonb
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select jsonb_build_object('type', a.type, 'message', a.message, 'traceback', a.traceback, 'attempt', a.attempt, 'failed_at', a.failed_at)
+    from notifyq.attempt a
+    where a.job = last_error.job
+    order by a.attempt desc, a.failed_at desc
+    limit 1
+$$;
+
+create or replace view notifyq.jobs as
+select
+    j.id,
+    q.name as queue,
+    case
+        when a.job is not null then 'active'
+        when s.job is not null then 'scheduled'
+        when coalesce(r.job, m.job) is not null then 'ready'
+    end as state,
+    a.job is null and coalesce(s.attempt, r.attempt, m.attempt) > 0 as retrying,
+    coalesce(a.attempt, s.attempt, r.attempt, m.attempt) as attempt,
+    j.retry_limit,
+    j.priority,
+    j.data,
+    null::jsonb as output,
+    notifyq.last_error(j.id) as error,
+    a.progress,
+    j.sent_at,
+    s.due_at,
+    a.claimed_at,
+    a.deadline,
+    a.cancel_requested_at,
+    null::timestamptz as finished_at,
+    j.expires_at,
+    a.runtime,
+    j.timeout,
+    j.id_key,
+    j.headers,
+    j.provenance
+from notifyq.job j
+join notifyq.queue q on q.number = j.queue
+left join notifyq.active a on a.job = j.id
+left join notifyq.scheduled s on s.job = j.id
+left join notifyq.ready r on r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.job = j.id
+left join notifyq.ready m on m.job = j.id and m.number <> m.job
+union all
+select
+    j.id,
+    q.name,
+    j.state,
+    false,
+    j.attempt,
+    j.retry_limit,
+    j.priority,
+    j.data,
+    j.output,
+    notifyq.last_error(j.id),
+    null,
+    j.sent_at,
+    null,
+    j.claimed_at,
+    null,
+    null,
+    j.finished_at,
+    j.expires_at,
+    j.runtime,
+    j.timeout,
+    j.id_key,
+    j.headers,
+    j.provenance
+from notifyq.archive j
+join notifyq.queue q on q.number = j.queue;
+comment on view notifyq.jobs is 'Every job, live or kept: retrying says that it waits for its next attempt.';
+
+create or replace view notifyq.queue_stats as
+select
+    q.name as queue,
+    coalesce(r.jobs, 0) as ready,
+    coalesce(s.jobs, 0) as scheduled,
+    coalesce(r.retrying, 0) + coalesce(s.retrying, 0) as retrying,
+    coalesce(a.jobs, 0) as active,
+    coalesce(f.completed, 0) as completed,
+    coalesce(f.failed, 0) as failed,
+    coalesce(f.cancelled, 0) as cancelled,
+    (
+        select clock_timestamp() - min(j.sent_at)
+        from (
+            select t.job from notifyq.ready t where t.queue = q.number order by t.priority desc, t.number limit 1
+        ) t
+        join notifyq.job j on j.id = t.job
+    ) as head_age,
+    notifyq.next_due(q.number) as next_due,
+    f.last_finished_at
+from notifyq.queue q
+left join (select t.queue, count(*) as jobs, count(*) filter (where t.attempt > 0) as retrying from notifyq.ready t group by t.queue) r on r.queue = q.number
+left join (select t.queue, count(*) as jobs, count(*) filter (where t.attempt > 0) as retrying from notifyq.scheduled t group by t.queue) s on s.queue = q.number
+left join (select t.queue, count(*) as jobs from notifyq.active t group by t.queue) a on a.queue = q.number
+left join (
+    select
+        t.queue,
+        count(*) filter (where t.state = 'completed') as completed,
+        count(*) filter (where t.state = 'failed') as failed,
+        count(*) filter (where t.state = 'cancelled') as cancelled,
+        max(t.finished_at) as last_finished_at
+    from notifyq.archive t
+    group by t.queue
+) f on f.queue = q.number;
+comment on view notifyq.queue_stats is 'Counts by queue; finished ones count while they are kept. head_age: since the job next in line was sent.';
+
+create or replace view notifyq.runtimes as
+select
+    r.id,
+    r.hostname,
+    r.pid,
+    r.version,
+    r.queues,
+    r.started_at,
+    r.beat_at,
+    r.lease_until,
+    case when r.lease_until < clock_timestamp() then 'lost' when r.stopping then 'stopping' else 'running' end as state,
+    (select count(*) from notifyq.active a where a.runtime = r.id) as active
+from notifyq.runtime r;
