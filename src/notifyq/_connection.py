@@ -1,0 +1,188 @@
+"""A psycopg connection that runs under trio, and the only module that touches psycopg's internals.
+
+psycopg 3 splits the protocol (generators that yield what to wait for) from the waiting. ``AsyncConnection``
+does its waiting in ``wait()`` and its locking with ``lock``: giving it a ``wait()`` that parks in trio and a
+``trio.Lock`` is enough for cursors, transactions, pipelines and COPY. The connection itself is opened and
+cancelled by psycopg's blocking code in a thread, which knows about hosts, failover and encrypted cancels.
+
+A query that is cancelled is cancelled on the server and its reply read to the end, so the connection is clean
+afterwards; where that does not work within ``CANCEL_GRACE`` it is closed. Nobody gets it mid-query.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+import trio
+from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
+from psycopg.rows import dict_row, tuple_row
+from psycopg.waiting import Ready, Wait
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Generator
+
+T = TypeVar("T")
+
+__all__ = ["CANCEL_GRACE", "TrioConnection", "open_connection", "run_abandonable"]
+
+CANCEL_GRACE = 5.0
+"""Seconds the server gets to end a cancelled query before its connection is closed."""
+
+
+class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
+    """psycopg's ``AsyncConnection``, driven by trio. Use from one task at a time, or let its lock queue them."""
+
+    def __init__(self, opened: psycopg.Connection[Any]) -> None:
+        """Drive the connection that ``opened`` (blocking, in autocommit) has opened."""
+        super().__init__(opened.pgconn, row_factory=tuple_row)
+        self.lock = trio.Lock()  # type: ignore[assignment]
+        self._opened = opened
+        self._autocommit = True
+
+    async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:
+        """Run a protocol generator to its end. Cancelled: the query is cancelled and drained, or the connection closed."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        step = _Step(gen, self.pgconn.socket)
+        try:
+            return await step.finish()
+        except trio.Cancelled:
+            if self.pgconn.status == ConnStatus.OK and self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                await self._end_query(step)
+            raise
+
+    async def _end_query(self, step: _Step) -> None:
+        if self.pgconn.pipeline_status == PipelineStatus.OFF:
+            with trio.move_on_after(CANCEL_GRACE, shield=True), contextlib.suppress(psycopg.Error):
+                await trio.to_thread.run_sync(self._opened.cancel_safe, abandon_on_cancel=True)
+                await step.finish()
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            self.pgconn.finish()
+
+    @contextlib.asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncIterator[psycopg.AsyncTransaction]:
+        """Run the block in a transaction, or in a savepoint of the one under way. An exception, or cancellation, rolls it back."""
+        transaction = psycopg.AsyncTransaction(self, savepoint_name, force_rollback)
+        await transaction.__aenter__()
+        try:
+            yield transaction
+        except BaseException as error:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_GRACE) as rollback:
+                if await transaction.__aexit__(type(error), error, error.__traceback__):
+                    return
+            if rollback.cancelled_caught:
+                self.pgconn.finish()
+            raise
+        else:
+            await transaction.__aexit__(None, None, None)
+
+    async def settle(self) -> bool:
+        """Make the connection fit for its next user by rolling back what is open, shielded. False: it is closed."""
+        if self.pgconn.status == ConnStatus.OK and self._dirty():
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_GRACE):
+                with contextlib.suppress(psycopg.Error):
+                    await self.rollback()
+        if self.pgconn.status == ConnStatus.OK and not self._dirty():
+            return True
+        self.pgconn.finish()
+        return False
+
+    def _dirty(self) -> bool:
+        return (
+            self.pgconn.transaction_status != TransactionStatus.IDLE or self.pgconn.pipeline_status != PipelineStatus.OFF
+        )
+
+    async def wait_input(self) -> None:
+        """Park until the server says something unasked, then hand notifications to the handlers.
+
+        Holds no lock: only the task that runs the connection's statements may call it. Raises
+        ``psycopg.OperationalError`` when the connection broke.
+        """
+        await trio.lowlevel.wait_readable(self.pgconn.socket)
+        self.pgconn.consume_input()
+        while (notification := self.pgconn.notifies()) is not None:
+            if self.pgconn.notify_handler:
+                self.pgconn.notify_handler(notification)
+
+    def dict_cursor(self) -> psycopg.AsyncCursor[dict[str, Any]]:
+        """A cursor whose rows are dictionaries."""
+        return self.cursor(row_factory=dict_row)
+
+
+class _Step:
+    """A protocol generator under way: it can be left while it waits and be picked up again."""
+
+    def __init__(self, gen: Generator[Any, Any, Any], fd: int) -> None:
+        self._gen = gen
+        self._fd = fd
+        self._want: Wait | None = None
+
+    async def finish(self) -> Any:
+        try:
+            if self._want is None:
+                self._want = next(self._gen)
+            while True:
+                ready = await _wait_ready(self._fd, self._want)
+                self._want = self._gen.send(ready)
+        except StopIteration as end:
+            return end.value
+
+
+async def _wait_ready(fd: int, want: Wait) -> Ready:
+    if want == Wait.R:
+        await trio.lowlevel.wait_readable(fd)
+        return Ready.R
+    if want == Wait.W:
+        await trio.lowlevel.wait_writable(fd)
+        return Ready.W
+    # Read or write, whichever comes first: waiting for one alone can wait for ever when both
+    # sides' buffers are full.
+    first: list[Ready] = []
+
+    async def race(wait: Callable[[int], Any], ready: Ready) -> None:
+        await wait(fd)
+        first.append(ready)
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(race, trio.lowlevel.wait_readable, Ready.R)
+        nursery.start_soon(race, trio.lowlevel.wait_writable, Ready.W)
+    return Ready.RW if len(first) == 2 else first[0]
+
+
+async def run_abandonable(function: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """Run a blocking function in a thread. Cancelled: leave at once; what it returns later goes to ``undo``."""
+    guard = threading.Lock()
+    results: list[T] = []
+    abandoned = False
+
+    def run() -> None:
+        result = function()
+        with guard:
+            if not abandoned:
+                results.append(result)
+                return
+        undo(result)
+
+    try:
+        await trio.to_thread.run_sync(run, abandon_on_cancel=True)
+    except trio.Cancelled:
+        with guard:
+            abandoned = True
+        if results:
+            undo(results.pop())
+        raise
+    return results[0]
+
+
+async def open_connection(dsn: str, **parameters: Any) -> TrioConnection:
+    """Open a connection in autocommit. Raises ``psycopg.OperationalError``; cancelled, it closes what it opened."""
+
+    def connect() -> psycopg.Connection[Any]:
+        return psycopg.connect(dsn, autocommit=True, **parameters)
+
+    return TrioConnection(await run_abandonable(connect, lambda opened: opened.close()))

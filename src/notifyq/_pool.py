@@ -1,0 +1,129 @@
+"""Connections on loan: psycopg's pool opens, checks and replaces them, in its own threads.
+
+Fetching one from another thread costs as much as a query, so connections given back wait here, on the trio
+side, for the next borrower, and go back to psycopg's pool only when unused for ``IDLE_RETURN`` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import attrs
+import psycopg
+import psycopg_pool
+import trio
+
+from ._connection import TrioConnection, run_abandonable
+from ._errors import ClientClosed, ConnectionLost
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+__all__ = ["Pool", "PoolStatistics"]
+
+IDLE_RETURN = 30.0
+"""Seconds unused after which psycopg's pool gets a connection back, to check it, shrink or replace it."""
+
+
+@attrs.frozen
+class PoolStatistics:
+    """What a pool does right now."""
+
+    size: int
+    """Most connections open at once."""
+    on_loan: int
+    """Connections in use."""
+    waiting: int
+    """Tasks that wait for one."""
+
+
+def _prepare(connection: psycopg.Connection[Any]) -> None:
+    # claim() is exact in READ COMMITTED only; a role or database may default to another level.
+    connection.execute("set default_transaction_isolation = 'read committed'")
+
+
+class Pool:
+    """Up to ``size`` connections, opened when first needed, each for one borrower at a time."""
+
+    def __init__(self, dsn: str, *, size: int, connect_timeout: float, parameters: dict[str, Any] | None = None) -> None:
+        """Prepare a pool; nothing is opened yet. ``connect_timeout``: seconds a borrower waits for a connection."""
+        self._opener = psycopg_pool.ConnectionPool(
+            dsn,
+            kwargs={"autocommit": True, "prepare_threshold": None, **(parameters or {})},
+            min_size=0,
+            max_size=size,
+            timeout=connect_timeout,
+            configure=_prepare,
+            open=False,
+            name="notifyq",
+        )
+        self._limiter = trio.CapacityLimiter(size)
+        self._resting: list[tuple[float, psycopg.Connection[Any]]] = []
+        self._views: WeakKeyDictionary[psycopg.Connection[Any], TrioConnection] = WeakKeyDictionary()
+        self._closed = True
+
+    async def __aenter__(self) -> Pool:
+        self._opener.open()
+        self._closed = False
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._closed = True
+        for _since, connection in self._resting:
+            connection.close()
+            self._opener.putconn(connection)
+        self._resting.clear()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._opener.close)
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[TrioConnection]:
+        """Lend a connection, in autocommit and READ COMMITTED.
+
+        What the borrower leaves open is rolled back; a connection that broke, or whose query could not be ended, is
+        closed and replaced. Raises ``ConnectionLost`` when none can be had in time.
+        """
+        if self._closed:
+            raise ClientClosed("this client is closed")
+        async with self._limiter:
+            opened = await self._borrow()
+            view = self._views.get(opened)
+            if view is None:
+                view = self._views[opened] = TrioConnection(opened)
+            try:
+                yield view
+            finally:
+                if await view.settle() and not self._closed:
+                    self._resting.append((trio.current_time(), opened))
+                else:
+                    self._opener.putconn(opened)
+                self._return_unused()
+
+    async def _borrow(self) -> psycopg.Connection[Any]:
+        while self._resting:
+            _since, opened = self._resting.pop()
+            if not opened.closed:
+                return opened
+            self._opener.putconn(opened)
+        try:
+            return await run_abandonable(self._opener.getconn, self._opener.putconn)
+        except psycopg_pool.PoolTimeout as error:
+            raise ConnectionLost(f"no connection to the server in {self._opener.timeout:g} s") from error
+
+    def _return_unused(self) -> None:
+        while self._resting and self._resting[0][0] < trio.current_time() - IDLE_RETURN:
+            self._opener.putconn(self._resting.pop(0)[1])
+
+    def statistics(self) -> PoolStatistics:
+        """Say how many connections are in use."""
+        now = self._limiter.statistics()
+        return PoolStatistics(size=int(now.total_tokens), on_loan=now.borrowed_tokens, waiting=now.tasks_waiting)
+
+    def discard_resting(self) -> None:
+        """Close the connections that wait for a borrower: after a server restart they are all broken."""
+        while self._resting:
+            opened = self._resting.pop()[1]
+            opened.close()
+            self._opener.putconn(opened)
