@@ -1,0 +1,73 @@
+"""Batches whatever arrives while the last flush is in flight: no timer, and no added latency when idle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import trio
+
+from ._bell import Bell
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
+
+__all__ = ["Batcher"]
+
+
+class Batcher(Generic[T]):
+    """Collects items and hands them to ``flush`` in order, a batch at a time, each item exactly once.
+
+    ``flush`` must not fail; cancelling ``run()`` loses nothing, since a flush under way is shielded and what has
+    not been flushed stays for ``close()``.
+    """
+
+    def __init__(self, flush: Callable[[list[T]], Awaitable[None]], *, limit: int) -> None:
+        """Flush up to ``limit`` items at a time."""
+        self._flush = flush
+        self._limit = limit
+        self._items: list[T] = []
+        self._bell = Bell()
+        self._flushed = trio.lowlevel.ParkingLot()
+        self._in_flight = 0
+
+    def put(self, item: T) -> None:
+        """Add an item; never waits. Whoever puts without bound should look at ``backlog``."""
+        self._items.append(item)
+        self._bell.ring()
+
+    @property
+    def backlog(self) -> int:
+        """Items that have not been flushed."""
+        return len(self._items) + self._in_flight
+
+    async def wait_backlog_below(self, limit: int) -> None:
+        """Wait until fewer than ``limit`` items are unflushed."""
+        while self.backlog >= limit:
+            await self._flushed.park()
+
+    async def run(self) -> None:
+        """Flush until cancelled."""
+        while True:
+            await self._bell.wait()
+            with trio.CancelScope(shield=True):
+                await self._flush_once()
+
+    async def close(self) -> None:
+        """Flush what is left. Call it when ``run()`` has ended."""
+        while self._items:
+            await self._flush_once()
+
+    async def _flush_once(self) -> None:
+        self._bell.clear()
+        batch, self._items = self._items[: self._limit], self._items[self._limit :]
+        if self._items:
+            self._bell.ring()
+        self._in_flight = len(batch)
+        try:
+            if batch:
+                await self._flush(batch)
+        finally:
+            self._in_flight = 0
+            self._flushed.unpark_all()

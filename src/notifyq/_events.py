@@ -1,0 +1,145 @@
+"""What a runtime tells its subscribers. Logging and metrics listen here; the core never imports them.
+
+| event | when |
+|---|---|
+| RuntimeStarted, RuntimeStopped | it is registered and listens; it has deregistered |
+| ListenerUp, ListenerDown | notifications arrive; they don't (jobs are then found by polling) |
+| JobClaimed | a job was claimed, before it starts |
+| JobCompleted | its completion is committed |
+| JobFailed | its failure is committed; ``state`` says whether it is tried again |
+| JobSnoozed, JobCancelled | the worker put it off; it was cancelled or discarded |
+| JobsRescued | jobs of another runtime, which died, are back in line |
+| LeaseLost | an outcome was refused: the attempt was no longer ours |
+| HandlerStuck | a handler ignores cancellation, or blocks the event loop |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "Event",
+    "Events",
+    "HandlerStuck",
+    "JobCancelled",
+    "JobClaimed",
+    "JobCompleted",
+    "JobFailed",
+    "JobSnoozed",
+    "JobsRescued",
+    "LeaseLost",
+    "ListenerDown",
+    "ListenerUp",
+    "RuntimeStarted",
+    "RuntimeStopped",
+]
+
+
+@attrs.frozen
+class Event:
+    """Base of all events."""
+
+
+@attrs.frozen
+class RuntimeStarted(Event):
+    runtime: str
+    queues: tuple[str, ...]
+
+
+@attrs.frozen
+class RuntimeStopped(Event):
+    runtime: str
+
+
+@attrs.frozen
+class ListenerUp(Event):
+    pass
+
+
+@attrs.frozen
+class ListenerDown(Event):
+    reason: str
+
+
+@attrs.frozen
+class JobClaimed(Event):
+    queue: str
+    job_id: int
+    attempt: int
+
+
+@attrs.frozen
+class JobCompleted(Event):
+    queue: str
+    job_id: int
+    attempt: int
+    seconds: float
+    """From the start of the handler to its end."""
+
+
+@attrs.frozen
+class JobFailed(Event):
+    queue: str
+    job_id: int
+    attempt: int
+    type: str
+    message: str
+    state: str
+    """``scheduled`` or ``ready``: it is tried again; ``failed``: it is not."""
+
+
+@attrs.frozen
+class JobSnoozed(Event):
+    queue: str
+    job_id: int
+    attempt: int
+
+
+@attrs.frozen
+class JobCancelled(Event):
+    queue: str
+    job_id: int
+    attempt: int
+
+
+@attrs.frozen
+class JobsRescued(Event):
+    job_ids: tuple[int, ...]
+
+
+@attrs.frozen
+class LeaseLost(Event):
+    queue: str
+    job_id: int
+    attempt: int
+
+
+@attrs.frozen
+class HandlerStuck(Event):
+    reason: str
+
+
+class Events:
+    """The subscribers of one runtime. They are called at once, in the event loop: they must not block or raise."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[tuple[Callable[[Event], object], tuple[type[Event], ...]]] = []
+
+    def subscribe(self, subscriber: Callable[[Event], object], *kinds: type[Event]) -> None:
+        """Call ``subscriber`` with every event of these kinds (none given: every event)."""
+        self._subscribers.append((subscriber, kinds or (Event,)))
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether anybody listens to this kind: what nobody hears need not be made."""
+        return any(issubclass(kind, kinds) for _, kinds in self._subscribers)
+
+    def emit(self, event: Event) -> None:
+        """Tell everybody who subscribed to its kind."""
+        for subscriber, kinds in self._subscribers:
+            if isinstance(event, kinds):
+                subscriber(event)
