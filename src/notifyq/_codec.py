@@ -1,0 +1,109 @@
+"""Data to JSON and back: cattrs for declared types, and the checks that keep a value storable as jsonb."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, cast
+from uuid import UUID
+
+import cattrs
+from cattrs.preconf.json import make_converter
+
+from ._errors import InvalidData
+
+__all__ = ["check_type", "decode", "encode", "from_json", "to_json"]
+
+_converter = make_converter()
+_converter.register_unstructure_hook(UUID, str)
+_converter.register_structure_hook(UUID, lambda value, _: value if isinstance(value, UUID) else UUID(value))
+
+
+def to_json(value: Any) -> str:
+    """Write plain JSON data as text that jsonb takes. Raises ``InvalidData`` for NaN, infinities, NUL, lone surrogates."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidData("text with lone surrogates cannot be stored: replace or remove them") from None
+    except RecursionError:
+        raise InvalidData("data is nested too deeply, or contains itself") from None
+    except (TypeError, ValueError) as error:
+        raise InvalidData(f"data is not JSON: {error}") from None
+    if "\\u0000" in text and "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidData("text with NUL characters cannot be stored: remove them, or encode the bytes as base64")
+    return text
+
+
+def encode(value: Any, type_: Any) -> str:
+    """Write a value of a declared type as JSON text. Raises ``InvalidData`` if it is not of that type or not JSON."""
+    if type_ in _PLAIN:
+        if type_ is not Any and type(value) is not type_ and not (type_ is float and type(value) is int):
+            raise InvalidData(f"expected {_name(type_)}, not {_name(type(value))}: {value!r:.100}")
+        return to_json(value)
+    try:
+        plain = _unstructure(type_)(value)
+    except RecursionError:
+        raise InvalidData("data is nested too deeply, or contains itself") from None
+    except Exception as error:
+        raise InvalidData(f"expected {_name(type_)}, not {_name(type(value))}: {error}") from None
+    text = to_json(plain)
+    if not _is_instance(value, type_):
+        # Not of the declared class: fine if it reads back as it (a dict for a TypedDict, say).
+        from_json(json.loads(text), type_)
+    return text
+
+
+def decode(text: str, type_: Any) -> Any:
+    """Read JSON text as a value of a declared type. Raises ``InvalidData``."""
+    return from_json(json.loads(text), type_)
+
+
+def from_json(plain: Any, type_: Any) -> Any:
+    """Turn plain JSON data into a value of a declared type. Raises ``InvalidData`` with "reason @ $.path" lines."""
+    if type_ is Any:
+        return plain
+    if type_ in _PLAIN:
+        if type(plain) is type_:
+            return plain
+        if type_ is float and type(plain) is int:
+            return float(plain)
+        raise InvalidData(f"not {_name(type_)}", (f"invalid type, expected {_name(type_)} @ $",))
+    try:
+        return _structure(type_)(plain)
+    except Exception as error:
+        reasons = cattrs.transform_error(error, path="$")
+        raise InvalidData(f"not {_name(type_)}", tuple(reasons)) from error
+
+
+_PLAIN = {Any, str, int, float, bool, dict, list, type(None)}
+
+
+@lru_cache(maxsize=1024)
+def _structure(type_: Any) -> Any:
+    hook = _converter.get_structure_hook(type_)
+    return lambda plain: hook(plain, type_)
+
+
+@lru_cache(maxsize=1024)
+def _unstructure(type_: Any) -> Any:
+    return _converter.get_unstructure_hook(type_)
+
+
+def check_type(type_: Any) -> None:
+    """Raise ``InvalidData`` if cattrs cannot read and write a type, when it is declared rather than when it is used."""
+    if type_ in _PLAIN:
+        return
+    try:
+        _structure(type_)
+        _unstructure(type_)
+    except Exception as error:
+        raise InvalidData(f"{_name(type_)} cannot be turned into JSON and back: {error}") from error
+
+
+def _is_instance(value: Any, type_: Any) -> bool:
+    return isinstance(type_, type) and isinstance(value, type_)
+
+
+def _name(type_: Any) -> str:
+    return cast("str", getattr(type_, "__qualname__", None) or str(type_))

@@ -1,0 +1,231 @@
+"""The values that travel: what is sent, what a worker gets, what a job looks like from outside, how an attempt ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, TypeVar
+
+import attrs
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
+    from ._client import Client
+    from ._queue import Queue
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+OutCo = TypeVar("OutCo", covariant=True)
+
+State = Literal["scheduled", "ready", "active", "completed", "failed", "cancelled"]
+
+__all__ = [
+    "Claimed",
+    "Completed",
+    "Discarded",
+    "Failed",
+    "In",
+    "Job",
+    "JobHandle",
+    "JobRecord",
+    "NewJob",
+    "Out",
+    "Outcome",
+    "Released",
+    "SendOptions",
+    "Sent",
+    "Snoozed",
+    "State",
+]
+
+
+class SendOptions(TypedDict, total=False):
+    """Options of one job; those left out are inherited from its queue."""
+
+    priority: int
+    """-32768 to 32767; higher runs sooner."""
+    delay: float | timedelta | datetime
+    """Run no sooner than in so many seconds, or at this aware moment."""
+    retry_limit: int
+    """Attempts after the first."""
+    retry_delay: float | timedelta
+    """Seconds before the second attempt; with backoff it doubles from there."""
+    retry_delay_max: float | timedelta
+    """Seconds that backoff does not exceed."""
+    retry_backoff: bool
+    """Exponential with jitter, or always ``retry_delay``."""
+    timeout: float | timedelta
+    """Seconds an attempt may take."""
+    expire_in: float | timedelta
+    """Seconds after which it fails as ``expired`` if it has not started."""
+    headers: dict[str, Any]
+    """Travels with the job and reaches the worker: trace context, tenant."""
+    id_key: str
+    """Makes the send idempotent: a second job with this key is not made while the first is kept."""
+
+
+@attrs.frozen
+class NewJob(Generic[In]):
+    """A job for ``send_many`` with options of its own."""
+
+    data: In
+    options: SendOptions = attrs.field(factory=lambda: SendOptions())
+
+
+@attrs.frozen
+class Sent(Generic[OutCo]):
+    """A job that was sent."""
+
+    id: int
+    created: bool
+    """False: the ``id_key`` was used before, and ``id`` is that job's."""
+    queue: Queue[Any, OutCo] = attrs.field(repr=lambda queue: repr(queue.name), eq=False)
+
+
+class JobHandle(Protocol):
+    """What a job needs of the runtime that runs it."""
+
+    client: Client
+
+    async def progress(self, job: Job[Any], progress: Any) -> None: ...
+
+    async def touch(self, job: Job[Any], seconds: float) -> None: ...
+
+
+@attrs.define(eq=False)
+class Job(Generic[In]):
+    """A claimed job, as its worker sees it."""
+
+    id: int
+    queue: str
+    attempt: int
+    """1 for the first."""
+    retry_limit: int
+    """Attempts after the first; ``attempt > retry_limit`` means that this is the last one."""
+    priority: int
+    timeout: float
+    """Seconds this attempt may take."""
+    sent_at: datetime
+    data: In
+    headers: dict[str, Any]
+    provenance: dict[str, Any] | None
+    """Of a dead letter: ``queue``, ``id``, ``attempts``, ``error`` and ``sent_at`` of the job that failed."""
+    deadline: float = attrs.field(default=float("inf"), init=False)
+    """When the attempt times out, on ``trio.current_time()``'s clock; infinite for a job fetched by hand."""
+    _handle: JobHandle | None = attrs.field(default=None, repr=False)
+
+    @property
+    def client(self) -> Client:
+        """The runtime's client, to send further jobs."""
+        return self._running().client
+
+    async def progress(self, progress: Any) -> None:
+        """Store a JSON value that ``notifyq.jobs`` shows while the job runs. Raises ``LeaseLost`` if it is no longer ours."""
+        await self._running().progress(self, progress)
+
+    async def touch(self, seconds: float) -> None:
+        """Give this attempt so many seconds from now. Raises ``LeaseLost`` if it is no longer ours."""
+        await self._running().touch(self, seconds)
+
+    def _running(self) -> JobHandle:
+        if self._handle is None:
+            raise RuntimeError(f"job {self.id} was not started by a runtime: use the client's methods")
+        return self._handle
+
+
+@attrs.frozen(kw_only=True)
+class JobRecord:
+    """A job as ``notifyq.jobs`` shows it, whatever its state."""
+
+    id: int
+    queue: str
+    state: State
+    retrying: bool
+    """It waits for its next attempt after a failed one."""
+    attempt: int
+    """The attempt that runs, or how many were spent."""
+    retry_limit: int
+    priority: int
+    data: Any
+    output: Any
+    error: dict[str, Any] | None
+    """The last failed attempt: ``type``, ``message``, ``traceback``, ``attempt``, ``failed_at``."""
+    progress: Any
+    sent_at: datetime
+    due_at: datetime | None
+    claimed_at: datetime | None
+    deadline: datetime | None
+    cancel_requested_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None
+    runtime: str | None
+    timeout: timedelta
+    id_key: str | None
+    headers: dict[str, Any] | None
+    provenance: dict[str, Any] | None
+
+
+@attrs.define(eq=False)
+class Claimed:
+    """A job as ``claim()`` returns it, its data not decoded yet. Field order is the function's column order."""
+
+    id: int
+    attempt: int
+    number: int
+    priority: int
+    retry_limit: int
+    timeout: float
+    sent_at: datetime
+    data: Any
+    headers: dict[str, Any] | None
+    provenance: dict[str, Any] | None
+
+
+@attrs.define(eq=False)
+class Completed:
+    """The attempt returned; ``output`` is JSON text."""
+
+    job_id: int
+    attempt: int
+    output: str
+    seconds: float
+
+
+@attrs.define(eq=False)
+class Failed:
+    """The attempt failed. ``final``: it is not tried again. ``retry_in``: seconds, instead of the backoff."""
+
+    job_id: int
+    attempt: int
+    type: str
+    message: str
+    traceback: str | None = None
+    final: bool = False
+    retry_in: float | None = None
+
+
+@attrs.define(eq=False)
+class Snoozed:
+    """Run again in ``delay`` seconds; no attempt is spent."""
+
+    job_id: int
+    attempt: int
+    delay: float
+
+
+@attrs.define(eq=False)
+class Discarded:
+    """The job ends as cancelled."""
+
+    job_id: int
+    attempt: int
+
+
+@attrs.define(eq=False)
+class Released:
+    """The job was not started: back to its place in line; no attempt is spent."""
+
+    job_id: int
+    attempt: int
+
+
+Outcome = Completed | Failed | Snoozed | Discarded | Released

@@ -1,0 +1,155 @@
+"""Options to SQL: one send as statement and parameters, for our own connections and for anybody else's."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from psycopg import sql
+
+from ._codec import to_json
+from ._errors import InvalidOption
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["check_options", "check_schema_name", "many_entry", "send_parameters", "send_statement", "seconds"]
+
+_CASTS = {
+    "queue": "text",
+    "data": "jsonb",
+    "priority": "int",
+    "delay": "interval",
+    "due_at": "timestamptz",
+    "retry_limit": "int",
+    "retry_delay": "interval",
+    "retry_delay_max": "interval",
+    "retry_backoff": "boolean",
+    "timeout": "interval",
+    "expire_in": "interval",
+    "headers": "jsonb",
+    "id_key": "text",
+}
+
+SEND_OPTIONS = tuple(name for name in _CASTS if name not in ("queue", "data", "due_at"))
+
+_DURATIONS = ("retry_delay", "retry_delay_max", "timeout", "expire_in")
+
+_ELSEWHERE = {
+    "start_after": "delay takes seconds, a timedelta or an aware datetime",
+    "run_at": "delay takes an aware datetime",
+    "eta": "delay takes an aware datetime",
+    "countdown": "delay takes seconds",
+    "due_at": "delay takes an aware datetime",
+    "max_attempts": "retry_limit is the number of attempts after the first",
+    "max_retries": "retry_limit",
+    "singleton_key": "id_key makes a send idempotent",
+    "job_id": "id_key makes a send idempotent",
+    "unique_key": "id_key makes a send idempotent",
+    "expire_in_seconds": "timeout limits an attempt, expire_in the wait for one",
+    "visibility_timeout": "a runtime's lease protects its jobs, and timeout limits an attempt",
+    "lock_duration": "a runtime's lease protects its jobs, and timeout limits an attempt",
+    "name": "a worker is known by its queue",
+}
+"""Options of other systems, and what does their job here."""
+
+
+def check_options(given: Iterable[str], allowed: Iterable[str], of: str) -> None:
+    """Refuse option names that do not exist, saying what to use instead. Raises ``InvalidOption``."""
+    allowed = tuple(allowed)
+    for name in given:
+        if name not in allowed:
+            hint = _ELSEWHERE.get(name)
+            raise InvalidOption(
+                f"{of} has no option {name!r}" + (f": {hint}" if hint else "") + f" (options: {', '.join(allowed)})"
+            )
+
+
+def check_schema_name(schema: str) -> str:
+    """Return the name if it is a plain lower-case identifier, which needs no quotes anywhere. Raises ``InvalidOption``."""
+    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", schema) or schema.startswith("pg_"):
+        raise InvalidOption(
+            f"schema {schema!r}: use 1 to 41 lower-case letters, digits and underscores, not beginning with a digit or pg_"
+        )
+    return schema
+
+
+def seconds(value: float | timedelta, option: str) -> float:
+    """A duration in seconds. Raises ``InvalidOption`` if it is not a finite number of seconds or a timedelta."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e10:
+        raise InvalidOption(f"{option} must be a number of seconds or a timedelta, not {value!r}")
+    return float(value)
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as plain numbers and texts: durations in seconds, the moment of a delay as ``due_at``."""
+    check_options(options, SEND_OPTIONS, "send")
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name == "delay" and isinstance(value, datetime):
+            if value.tzinfo is None:
+                raise InvalidOption(f"delay: {value!r} has no time zone; use an aware datetime, e.g. datetime.now(UTC)")
+            plain["due_at"] = value.isoformat()
+        elif name in _DURATIONS or name == "delay":
+            plain[name] = seconds(value, name)
+        elif name in ("priority", "retry_limit"):
+            if isinstance(value, bool) or not isinstance(value, int) or not -32768 <= value <= 32767:
+                raise InvalidOption(f"{name} must be an int from -32768 to 32767, not {value!r}")
+            plain[name] = value
+        elif name == "retry_backoff":
+            if not isinstance(value, bool):
+                raise InvalidOption(f"retry_backoff must be True or False, not {value!r}")
+            plain[name] = value
+        elif name == "headers":
+            if not isinstance(value, dict):
+                raise InvalidOption(f"headers must be a dict, not {value!r:.100}")
+            plain[name] = value
+        else:
+            if not isinstance(value, str) or "\x00" in value:
+                raise InvalidOption(f"{name} must be text without NUL characters, not {value!r:.100}")
+            plain[name] = value
+    return plain
+
+
+def send_parameters(queue: str, data: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The parameters of ``send_statement``. ``data`` is JSON text. Raises ``InvalidOption``."""
+    if not options:
+        return (queue, None if data == "null" else data, *_NO_OPTIONS)
+    plain = _plain_options(options)
+    for name in (*_DURATIONS, "delay"):
+        if name in plain:
+            plain[name] = f"{plain[name]} s"
+    if "headers" in plain:
+        plain["headers"] = to_json(plain["headers"])
+    plain["queue"] = queue
+    plain["data"] = None if data == "null" else data
+    return tuple(plain.get(name) for name in _CASTS)
+
+
+_NO_OPTIONS = (None,) * (len(_CASTS) - 2)
+
+
+def many_entry(data: str, options: Mapping[str, Any]) -> str:
+    """One element of the JSON array that ``send_many`` takes. ``data`` is JSON text. Raises ``InvalidOption``."""
+    if not options:
+        return f'{{"data":{data}}}'
+    return f'{{"data":{data},{to_json(_plain_options(options))[1:]}'
+
+
+@lru_cache(maxsize=64)
+def send_statement(schema: str, function: str) -> str:
+    """The text of a call of ``send`` or ``try_send``, its parameters in psycopg's positional style."""
+    return (
+        sql.SQL("select * from {}({})")
+        .format(
+            sql.Identifier(schema, function),
+            sql.SQL(", ").join(sql.SQL(f"%s::{cast}") for cast in _CASTS.values()),
+        )
+        .as_string(None)
+    )
