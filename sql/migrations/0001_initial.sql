@@ -7,9 +7,10 @@
 create table notifyq.installed (
     file text primary key,
     hash text not null,
+    version text not null,
     installed_at timestamptz not null default now()
 );
-comment on table notifyq.installed is 'Every sql/ file that made this schema, with the SHA-256 of its text.';
+comment on table notifyq.installed is 'Every sql/ file that made this schema, with the SHA-256 of its text and the notifyq version that brought it.';
 
 create table notifyq.queue (
     number int generated always as identity primary key,

@@ -1,21 +1,31 @@
-"""Options to SQL: one send as statement and parameters, for our own connections and for anybody else's."""
+"""Python to SQL and back: a send as statement and parameters, and the server's errors as ours."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from psycopg import sql
 
 from ._codec import to_json
-from ._errors import InvalidOption
+from ._errors import (
+    ConnectionLost,
+    InvalidData,
+    InvalidOption,
+    MissingPrivilege,
+    NotifyqError,
+    SchemaMismatch,
+    UnknownQueue,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["check_options", "check_schema_name", "many_entry", "send_parameters", "send_statement", "seconds"]
+__all__ = ["check_options", "check_schema_name", "is_connection_loss", "many_entry", "send_parameters", "send_statement", "seconds", "translated"]
 
 _CASTS = {
     "queue": "text",
@@ -153,3 +163,52 @@ def send_statement(schema: str, function: str) -> str:
         )
         .as_string(None)
     )
+
+
+_ERRORS: dict[str, type[NotifyqError]] = {
+    "NQ001": UnknownQueue,
+    "NQ002": InvalidOption,
+    "NQ003": InvalidOption,
+    "NQ004": InvalidData,
+    "NQ006": InvalidOption,
+    "3F000": SchemaMismatch,  # invalid_schema_name
+    "42P01": SchemaMismatch,  # undefined_table
+    "42883": SchemaMismatch,  # undefined_function
+    "42501": MissingPrivilege,  # insufficient_privilege
+}
+"""SQLSTATEs, and what they mean when one of our functions is called. NQ005 (no live lease) is the runtime's own affair."""
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Raise psycopg's errors as ours where we have one; others pass unchanged."""
+    try:
+        yield
+    except psycopg.Error as error:
+        kind = _ERRORS.get(error.sqlstate or "")
+        if kind is not None:
+            raise kind(_message(error, kind)) from error
+        if is_connection_loss(error):
+            raise ConnectionLost(f"the connection to the server broke: {_first_line(error)}") from error
+        raise
+
+
+def is_connection_loss(error: psycopg.Error) -> bool:
+    """Whether an error means that the server went away, not that it refused the statement."""
+    state = error.sqlstate
+    if state is None:
+        return isinstance(error, psycopg.OperationalError)
+    # connection exceptions; shutdown, crash, not yet accepting; too many connections; read-only after a failover
+    return state[:2] == "08" or state in ("57P01", "57P02", "57P03", "57P05", "53300", "25006")
+
+
+def _message(error: psycopg.Error, kind: type[NotifyqError]) -> str:
+    message = _first_line(error)
+    if kind is SchemaMismatch:
+        return f"{message}: the schema is not installed, or not this version's: run `notifyq migrate`"
+    hint = error.diag.message_hint
+    return f"{message}. {hint}" if hint else message
+
+
+def _first_line(error: psycopg.Error) -> str:
+    return (error.diag.message_primary or str(error)).strip().split("\n")[0]

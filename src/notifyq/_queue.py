@@ -1,0 +1,222 @@
+"""A typed queue: the declaration that producer and worker share, and the function registered on it.
+
+Knows nothing of clients, connections or runtimes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar, Unpack, overload
+
+import attrs
+
+from ._codec import check_type, decode, encode
+from ._errors import InvalidData, InvalidOption
+from ._models import In, Job, Out, SendOptions
+from ._sql import check_options, check_schema_name, seconds, send_parameters, send_statement
+
+__all__ = ["BatchResult", "Queue", "Worker"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BatchResult = Sequence[Out | Exception] | Mapping[int, Out | Exception] | None
+"""What a batch worker returns: outcomes in the order of its jobs, or by job id (a job that is not mentioned
+fails), or None: all completed without output. An exception, or a signal, is that job's failure."""
+
+_OPTIONS = (
+    "retry_limit",
+    "retry_delay",
+    "retry_delay_max",
+    "retry_backoff",
+    "timeout",
+    "priority",
+    "retention",
+    "expire_in",
+    "dead_letter",
+    "max_data_bytes",
+    "bell",
+)
+_DURATIONS = {"retry_delay", "retry_delay_max", "timeout", "retention", "expire_in"}
+_WORKER_OPTIONS = ("concurrency", "poll_interval")
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
+
+
+@attrs.frozen
+class Worker:
+    """The function registered on a queue and how to run it."""
+
+    function: Callable[..., Any]
+    kind: str
+    """``async``, ``sync`` (runs in a thread) or ``batch``."""
+    concurrency: int
+    """Most calls at once in one process."""
+    batch_size: int
+    """Jobs in one call; 1 unless ``kind`` is ``batch``."""
+    poll_interval: float | None
+    """Seconds between looks for jobs that no notification told of; None: with every beat."""
+
+
+class Queue(Generic[In, Out]):
+    """A named lane of jobs whose data is an ``In`` and whose output is an ``Out``.
+
+    Types are attrs or dataclass classes, builtin types, or any other that cattrs knows. Options left out keep what the
+    queue has in the database (for a new one: 2 retries after 1 s, exponential, timeout 15 minutes, kept 7 days).
+    """
+
+    @overload
+    def __init__(self: Queue[Any, Any], name: str, /, **options: Any) -> None: ...
+    @overload
+    def __init__(self: Queue[In, Any], name: str, data: type[In], /, **options: Any) -> None: ...
+    @overload
+    def __init__(self, name: str, data: type[In], output: type[Out], /, **options: Any) -> None: ...
+    def __init__(self, name: str, data: Any = Any, output: Any = Any, /, **options: Any) -> None:
+        """Declare a queue; nothing is asked of a database yet.
+
+        Args:
+            name: 1 to 100 letters, digits and ``_ . - /``.
+            data: the type of its jobs' data.
+            output: the type that its worker returns.
+            options: retry_limit (attempts after the first), retry_delay and retry_delay_max (seconds or timedelta),
+                retry_backoff (exponential, or fixed), timeout (seconds of one attempt), priority, retention (seconds a
+                finished job is kept; 0: not, None: for ever), expire_in (seconds in which it must start), dead_letter
+                (a queue or its name), max_data_bytes, bell (``"always"`` or ``"never"``: senders that use PREPARE
+                TRANSACTION need ``"never"``).
+
+        Raises:
+            InvalidOption: a bad name, or an option that does not exist.
+            InvalidData: a type that cannot be turned into JSON and back.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidOption(f"queue name {name!r}: use 1 to 100 letters, digits and _ . - /")
+        check_options(options, _OPTIONS, f"queue {name!r}")
+        for type_ in (data, output):
+            try:
+                check_type(type_)
+            except InvalidData as error:
+                raise InvalidData(f"queue {name!r}: {error}") from error
+        self.name = name
+        self.data_type = data
+        self.output_type = output
+        self.options = _plain(options)
+        self.worker_function: Worker | None = None
+
+    def __repr__(self) -> str:
+        return f"Queue({self.name!r})"
+
+    def encode(self, data: In) -> str:
+        """Data as JSON text. Raises ``InvalidData``."""
+        try:
+            return encode(data, self.data_type)
+        except InvalidData as error:
+            raise InvalidData(f"data for queue {self.name!r}: {error}") from error
+
+    def decode_output(self, text: str) -> Out:
+        """Read a stored output. Raises ``InvalidData``."""
+        output: Out = decode(text, self.output_type)
+        return output
+
+    def statement(
+        self, data: In, *, schema: str = "notifyq", **options: Unpack[SendOptions]
+    ) -> tuple[str, tuple[Any, ...]]:
+        """Give the ``(sql, params)`` that sends one job, to execute on any psycopg connection, sync or asyncio.
+
+        It returns one row with the job's id, and the job appears when the caller's transaction commits. Raises
+        ``InvalidData`` and ``InvalidOption``.
+        """
+        return (
+            send_statement(check_schema_name(schema), "send"),
+            send_parameters(self.name, self.encode(data), options),
+        )
+
+    @overload
+    def worker(self, function: Callable[[Job[In]], Awaitable[Out]], /) -> Callable[[Job[In]], Awaitable[Out]]: ...
+    @overload
+    def worker(self, function: Callable[[Job[In]], Out], /) -> Callable[[Job[In]], Out]: ...
+    @overload
+    def worker(
+        self, /, *, concurrency: int = 10, poll_interval: float | None = None
+    ) -> Callable[[Callable[[Job[In]], Awaitable[Out] | Out]], Callable[[Job[In]], Awaitable[Out] | Out]]: ...
+    def worker(self, function: Any = None, /, **options: Any) -> Any:
+        """Register the function that handles this queue's jobs, an ``async def`` or a plain function (run in a thread).
+
+        Args:
+            function: takes a ``Job`` and returns its output. Used as a decorator, with or without options.
+            options: ``concurrency``, the most calls at once in one process (default 10); ``poll_interval``, seconds
+                between looks for jobs that no notification told of (default: with every beat, about 5 s).
+
+        Raises:
+            InvalidOption: a second worker, an option that does not exist, or a function of the wrong kind.
+        """
+        if function is None:
+            self._check_worker_options(options, _WORKER_OPTIONS)
+            return lambda function: self._register(function, None, **options)
+        return self._register(function, None)
+
+    def batch_worker(
+        self, /, *, batch_size: int, concurrency: int = 1, poll_interval: float | None = None, **unknown: Any
+    ) -> Callable[[Callable[[list[Job[In]]], Awaitable[BatchResult[Out]]]], Any]:
+        """Register an ``async def`` that handles up to ``batch_size`` jobs in one call, see ``BatchResult``.
+
+        It is called with what is there and does not wait for a full batch. If it raises, all its jobs fail.
+
+        Raises:
+            InvalidOption: as for ``worker``.
+        """
+        self._check_worker_options(unknown, ("batch_size", *_WORKER_OPTIONS))
+        return lambda function: self._register(
+            function, batch_size, concurrency=concurrency, poll_interval=poll_interval
+        )
+
+    def _check_worker_options(self, options: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+        if "batch_size" in options and "batch_size" not in allowed:
+            raise InvalidOption(f"worker of queue {self.name!r}: use batch_worker(batch_size=...) for jobs in batches")
+        check_options(options, allowed, f"the worker of queue {self.name!r}")
+
+    def _register(
+        self, function: F, batch_size: int | None, *, concurrency: int = 10, poll_interval: float | None = None
+    ) -> F:
+        where = f"worker of queue {self.name!r}"
+        if self.worker_function is not None:
+            raise InvalidOption(f"{where}: {_describe(self.worker_function.function)} is registered on it already")
+        if not callable(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+            raise InvalidOption(f"{where}: {function!r} must be an async def or a plain function that returns a value")
+        is_async = inspect.iscoroutinefunction(function)
+        if batch_size is not None and not is_async:
+            raise InvalidOption(f"{where}: a batch worker must be an async def")
+        for option, value in (("concurrency", concurrency), ("batch_size", batch_size or 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
+                raise InvalidOption(f"{where}: {option} must be an int from 1 to 10000, not {value!r}")
+        _check_takes_one_argument(function, where)
+        if poll_interval is not None and seconds(poll_interval, "poll_interval") <= 0:
+            raise InvalidOption(f"{where}: poll_interval must be above zero seconds, not {poll_interval!r}")
+        kind = "batch" if batch_size is not None else "async" if is_async else "sync"
+        self.worker_function = Worker(function, kind, concurrency, batch_size or 1, poll_interval)
+        return function
+
+
+def _describe(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _check_takes_one_argument(function: Callable[..., Any], where: str) -> None:
+    try:
+        inspect.signature(function).bind(object())
+    except TypeError:
+        raise InvalidOption(
+            f"{where}: {_describe(function)} must take one argument, the job, not {inspect.signature(function)}"
+        ) from None
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Queue options as the JSON document that create_queue() takes: seconds, names."""
+    plain: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Queue):
+            plain[name] = value.name
+        elif name in _DURATIONS and value is not None:
+            plain[name] = seconds(value, name)
+        else:
+            plain[name] = value
+    return plain

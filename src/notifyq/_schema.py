@@ -1,0 +1,182 @@
+"""Installs and upgrades the schema from the files in ``sql/``, and checks that it is this version's.
+
+Migrations are numbered, run once, and are never edited after a release. Functions and views are re-applied as a
+whole whenever one of them changed. All of it happens in one transaction under an advisory lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib.metadata import version
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import attrs
+import psycopg
+from psycopg import sql
+
+from ._errors import InvalidOption, SchemaMismatch
+from ._sql import translated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from importlib.resources.abc import Traversable
+
+    from ._connection import TrioConnection
+
+__all__ = ["SqlFile", "apply", "check", "load", "plan", "printed_plan", "uninstall"]
+
+VERSION = version("notifyq")
+
+
+@attrs.frozen
+class SqlFile:
+    """One file of ``sql/``, its schema's name already in place."""
+
+    name: str
+    text: str = attrs.field(repr=False)
+    hash: str
+
+    @property
+    def is_migration(self) -> bool:
+        """Numbered structure: run once. Otherwise behaviour: re-applied."""
+        return self.name.startswith("migrations/")
+
+
+@attrs.frozen
+class Installed:
+    """What the database says it has."""
+
+    hashes: Mapping[str, str]
+    version: tuple[int, ...]
+
+
+def load(schema: str) -> list[SqlFile]:
+    """Read the SQL files, in the order in which they apply, for a schema of this name."""
+    root = files("notifyq") / "sql"
+    found = []
+    for folder in ("migrations", "functions", "views"):
+        entries: list[Traversable] = sorted((root / folder).iterdir(), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.name.endswith(".sql"):
+                text = entry.read_text(encoding="utf-8")
+                found.append(
+                    SqlFile(
+                        f"{folder}/{entry.name}",
+                        re.sub(r"\bnotifyq\b", schema, text),
+                        hashlib.sha256(text.encode()).hexdigest(),
+                    )
+                )
+    return found
+
+
+def plan(installed: Installed | None, available: Sequence[SqlFile]) -> list[SqlFile]:
+    """Say which files to run. Pure.
+
+    Raises ``SchemaMismatch`` if the database is newer than these files, or has a migration whose text differs.
+    """
+    if installed is None:
+        return list(available)
+    migrations = {file.name: file for file in available if file.is_migration}
+    for name, hash_ in installed.hashes.items():
+        if name.startswith("migrations/"):
+            if name not in migrations:
+                raise SchemaMismatch(f"the schema is newer than notifyq {VERSION}: it has {name}; upgrade notifyq")
+            if migrations[name].hash != hash_:
+                raise SchemaMismatch(f"the schema was installed from another {name} than notifyq {VERSION} has")
+    pending = [file for file in available if file.is_migration and file.name not in installed.hashes]
+    behaviour = [file for file in available if not file.is_migration]
+    changed = any(installed.hashes.get(file.name) != file.hash for file in behaviour)
+    # Functions of a newer release over the same structure serve this one too: leave them.
+    if pending or (changed and installed.version <= _parsed(VERSION)):
+        return pending + behaviour
+    return []
+
+
+async def apply(connection: TrioConnection, schema: str) -> list[str]:
+    """Install or upgrade, and return the names of the files that ran. Safe to call from many processes at once.
+
+    Raises ``SchemaMismatch`` (newer schema) and ``MissingPrivilege``. All or nothing; cancelled: nothing.
+    """
+    available = load(schema)
+    with translated():
+        if not plan(await _installed(connection, schema), available):
+            return []
+        async with connection.transaction():
+            await connection.execute("set local lock_timeout = 0")
+            await connection.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"notifyq {schema}",))
+            pending = plan(await _installed(connection, schema), available)
+            if pending:
+                if not await _schema_exists(connection, schema):
+                    await connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
+                for file in pending:
+                    await connection.execute(file.text.encode())
+                for file in pending:
+                    await connection.execute(_record(schema), (file.name, file.hash, VERSION))
+    return [file.name for file in pending]
+
+
+async def check(connection: TrioConnection, schema: str) -> None:
+    """Raise ``SchemaMismatch`` unless the installed schema is one that this version can use."""
+    with translated():
+        installed = await _installed(connection, schema)
+    if installed is None:
+        raise SchemaMismatch(f"schema {schema!r} is not installed: run `notifyq migrate`")
+    if pending := plan(installed, load(schema)):
+        raise SchemaMismatch(
+            f"schema {schema!r} is older than notifyq {VERSION} ({pending[0].name} is missing or old): run `notifyq migrate`"
+        )
+
+
+async def printed_plan(connection: TrioConnection, schema: str) -> str:
+    """The SQL that ``apply`` would run, for a DBA to read and run; empty if there is nothing to do."""
+    installed = await _installed(connection, schema)
+    pending = plan(installed, load(schema))
+    if not pending:
+        return ""
+    parts = ["begin;"]
+    if installed is None and not await _schema_exists(connection, schema):
+        parts.append(sql.SQL("create schema {};").format(sql.Identifier(schema)).as_string(None))
+    for file in pending:
+        parts.append(f"-- {file.name}\n{file.text}")
+    for file in pending:
+        record = psycopg.ClientCursor(connection._opened).mogrify(_record(schema), (file.name, file.hash, VERSION))
+        parts.append(f"{record};")
+    parts.append("commit;")
+    return "\n\n".join(parts)
+
+
+async def uninstall(connection: TrioConnection, schema: str) -> None:
+    """Drop the schema with every queue and job in it. Raises ``InvalidOption`` if it is not one of ours."""
+    if await _installed(connection, schema) is None:
+        raise InvalidOption(f"schema {schema!r} was not installed by notifyq: nothing was dropped")
+    with translated():
+        await connection.execute(sql.SQL("drop schema {} cascade").format(sql.Identifier(schema)))
+
+
+async def _schema_exists(connection: TrioConnection, schema: str) -> bool:
+    cursor = await connection.execute("select 1 from pg_namespace where nspname = %s", (schema,))
+    return await cursor.fetchone() is not None
+
+
+async def _installed(connection: TrioConnection, schema: str) -> Installed | None:
+    cursor = await connection.execute("select to_regclass(%s)", (f"{schema}.installed",))
+    if await cursor.fetchone() == (None,):
+        return None
+    cursor = await connection.execute(
+        sql.SQL("select file, hash, version from {}").format(sql.Identifier(schema, "installed"))
+    )
+    rows = await cursor.fetchall()
+    return Installed({file: hash_ for file, hash_, _ in rows}, max((_parsed(text) for *_, text in rows), default=()))
+
+
+def _record(schema: str) -> sql.Composed:
+    return sql.SQL(
+        "insert into {} (file, hash, version) values (%s, %s, %s)"
+        " on conflict (file) do update set (hash, version, installed_at) = (excluded.hash, excluded.version, now())"
+    ).format(sql.Identifier(schema, "installed"))
+
+
+def _parsed(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
