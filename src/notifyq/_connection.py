@@ -93,7 +93,8 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     def _dirty(self) -> bool:
         return (
-            self.pgconn.transaction_status != TransactionStatus.IDLE or self.pgconn.pipeline_status != PipelineStatus.OFF
+            self.pgconn.transaction_status != TransactionStatus.IDLE
+            or self.pgconn.pipeline_status != PipelineStatus.OFF
         )
 
     async def wait_input(self) -> None:

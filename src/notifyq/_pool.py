@@ -47,7 +47,9 @@ def _prepare(connection: psycopg.Connection[Any]) -> None:
 class Pool:
     """Up to ``size`` connections, opened when first needed, each for one borrower at a time."""
 
-    def __init__(self, dsn: str, *, size: int, connect_timeout: float, parameters: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, dsn: str, *, size: int, connect_timeout: float, parameters: dict[str, Any] | None = None
+    ) -> None:
         """Prepare a pool; nothing is opened yet. ``connect_timeout``: seconds a borrower waits for a connection."""
         self._opener = psycopg_pool.ConnectionPool(
             dsn,

@@ -25,7 +25,16 @@ from ._errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["check_options", "check_schema_name", "is_connection_loss", "many_entry", "send_parameters", "send_statement", "seconds", "translated"]
+__all__ = [
+    "check_options",
+    "check_schema_name",
+    "is_connection_loss",
+    "many_entry",
+    "send_parameters",
+    "send_statement",
+    "seconds",
+    "translated",
+]
 
 _CASTS = {
     "queue": "text",
