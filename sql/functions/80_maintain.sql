@@ -129,16 +129,20 @@ begin
 end
 $$;
 
--- All of the above, for installations without a runtime (call it from cron once a minute).
-create or replace function notifyq.maintain() returns void
+-- All of it, and what runtimes do for themselves: an installation without one calls this from
+-- cron. True: a batch was full, so there is more to do at once.
+create or replace function notifyq.maintain() returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    more boolean;
 begin
-    perform notifyq.promote();
     perform notifyq.rescue();
-    perform notifyq.expire();
-    perform notifyq.purge();
+    more := notifyq.promote() = 1000;
+    more := notifyq.expire() = 1000 or more;
+    more := notifyq.purge() = 1000 or more;
     perform notifyq.turn_leaves();
+    return more;
 end
 $$;

@@ -41,6 +41,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         self.lock = trio.Lock()  # type: ignore[assignment]
         self._opened = opened
         self._autocommit = True
+        self.cancel_grace = CANCEL_GRACE
 
     async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:
         """Run a protocol generator to its end. Cancelled: the query is cancelled and drained, or the connection closed."""
@@ -55,7 +56,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     async def _end_query(self, step: _Step) -> None:
         if self.pgconn.pipeline_status == PipelineStatus.OFF:
-            with trio.move_on_after(CANCEL_GRACE, shield=True), contextlib.suppress(psycopg.Error):
+            with trio.move_on_after(self.cancel_grace, shield=True), contextlib.suppress(psycopg.Error):
                 await trio.to_thread.run_sync(self._opened.cancel_safe, abandon_on_cancel=True)
                 await step.finish()
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
@@ -71,7 +72,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         try:
             yield transaction
         except BaseException as error:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_GRACE) as rollback:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self.cancel_grace) as rollback:
                 if await transaction.__aexit__(type(error), error, error.__traceback__):
                     return
             if rollback.cancelled_caught:
@@ -83,7 +84,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     async def settle(self) -> bool:
         """Make the connection fit for its next user by rolling back what is open, shielded. False: it is closed."""
         if self.pgconn.status == ConnStatus.OK and self._dirty():
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_GRACE):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self.cancel_grace):
                 with contextlib.suppress(psycopg.Error):
                     await self.rollback()
         if self.pgconn.status == ConnStatus.OK and not self._dirty():

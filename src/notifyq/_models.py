@@ -8,6 +8,7 @@ import attrs
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
+    from uuid import UUID
 
     from ._client import Client
     from ._queue import Queue
@@ -157,7 +158,7 @@ class JobRecord:
     cancel_requested_at: datetime | None
     finished_at: datetime | None
     expires_at: datetime | None
-    runtime: str | None
+    runtime: UUID | None
     timeout: timedelta
     id_key: str | None
     headers: dict[str, Any] | None

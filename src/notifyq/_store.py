@@ -6,7 +6,7 @@ A call is one statement and so one transaction, unless the connection is in one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, LiteralString
 
 import attrs
 from psycopg import sql
@@ -17,7 +17,6 @@ from ._sql import many_entry, send_parameters, send_statement, translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from typing import LiteralString
     from uuid import UUID
 
     from ._connection import TrioConnection
@@ -44,6 +43,16 @@ class QueueInfo:
     channel: str
     retry_limit: int
     kept: bool
+    max_data_bytes: int
+
+
+_CLAIM: LiteralString = (
+    "select * from {s}.claim(%s, %s, %s::uuid, make_interval(secs => %s), %s::smallint[], %s::bigint[])"
+)
+_CLAIM_UNFLUSHED: LiteralString = (
+    "select c.* from set_config('synchronous_commit', 'off', true) s, lateral"
+    " {s}.claim(%s, %s, %s::uuid, make_interval(secs => %s), %s::smallint[], %s::bigint[]) c"
+)
 
 
 class Store:
@@ -90,7 +99,7 @@ class Store:
     async def queue(self, connection: TrioConnection, name: str) -> QueueInfo:
         row = await self._row(
             connection,
-            "select q.number, {s}.channel(q.number), q.retry_limit, coalesce(q.retention > '0', true)"
+            "select q.number, {s}.channel(q.number), q.retry_limit, coalesce(q.retention > '0', true), q.max_data_bytes"
             " from {s}.queue_named(%s) q",
             (name,),
         )
@@ -129,21 +138,12 @@ class Store:
         durably: bool = True,
     ) -> list[Claimed]:
         """Claim jobs. ``durably=False``: a crash of the server may forget the claim, and the jobs run again."""
-        statement = self._call(
-            "select * from {s}.claim(%s, %s, %s::uuid, make_interval(secs => %s), %s::smallint[], %s::bigint[])"
-        )
+        statement = self._call(_CLAIM if durably else _CLAIM_UNFLUSHED)
         priorities = None if floors is None else sorted(floors, reverse=True)
         numbers = None if floors is None or priorities is None else [floors[priority] for priority in priorities]
         parameters = (queue, how_many, runtime, lease, _array(priorities), _array(numbers))
         with translated():
-            if durably:
-                cursor = await connection.execute(statement, parameters)
-                return [Claimed(*row) for row in await cursor.fetchall()]
-            async with connection.pipeline():
-                await connection.execute("begin")
-                await connection.execute("set local synchronous_commit = off")
-                cursor = await connection.execute(statement, parameters)
-                await connection.execute("commit")
+            cursor = await connection.execute(statement, parameters)
             return [Claimed(*row) for row in await cursor.fetchall()]
 
     async def complete(
@@ -305,12 +305,14 @@ class Store:
                 await cursor.execute(statement + sql.SQL(" order by 1"))
                 return await cursor.fetchall()
 
-    async def next_due(self, connection: TrioConnection, queue: int) -> float | None:
-        """Seconds until the next due time of a queue; negative when it has passed."""
-        due = await self._value(
-            connection, "select extract(epoch from {s}.next_due(%s) - clock_timestamp())::float8", (queue,)
+    async def next_due(self, connection: TrioConnection, queue: int) -> tuple[float | None, float]:
+        """The next due time of a queue and the server's clock, both in seconds of the epoch."""
+        row: tuple[float | None, float] = await self._row(
+            connection,
+            "select extract(epoch from {s}.next_due(%s))::float8, extract(epoch from clock_timestamp())::float8",
+            (queue,),
         )
-        return None if due is None else float(due)
+        return row
 
     # leases
 
@@ -347,14 +349,9 @@ class Store:
 
     # maintenance
 
-    async def expire(self, connection: TrioConnection) -> int:
-        return int(await self._value(connection, "select {s}.expire()"))
-
-    async def purge(self, connection: TrioConnection) -> int:
-        return int(await self._value(connection, "select {s}.purge()"))
-
-    async def turn_leaves(self, connection: TrioConnection) -> int:
-        return int(await self._value(connection, "select {s}.turn_leaves()"))
+    async def maintain(self, connection: TrioConnection) -> bool:
+        """Expire, purge and turn the archive's leaves. True: there is more to do."""
+        return bool(await self._value(connection, "select {s}.maintain()"))
 
     # listening
 
@@ -369,6 +366,14 @@ class Store:
     async def notify(self, connection: TrioConnection, channel: str, payload: str) -> None:
         with translated():
             await connection.execute("select pg_notify(%s, %s)", (channel, payload))
+
+    async def keepalive(self, connection: TrioConnection) -> None:
+        """Let the server notice within about 15 s that this side is gone, so that no ghost keeps its locks."""
+        with translated():
+            await connection.execute(
+                "select set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '3', false),"
+                " set_config('tcp_keepalives_count', '3', false)"
+            )
 
     async def hold_interest(self, connection: TrioConnection, queue: int) -> bool:
         return bool(await self._value(connection, "select {s}.hold_interest(%s)", (queue,)))

@@ -1,0 +1,205 @@
+"""The one listening connection: hears notifications, and runs the statements that belong on it.
+
+One task owns the connection. Others hand it statements with ``call()``; between them it parks until the server
+says something. A listener that cannot listen says so once, and keeps trying: until then polling finds the jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+import attrs
+import psycopg
+import trio
+
+from ._backoff import reconnect_delay
+from ._connection import open_connection
+from ._errors import ConnectionLost, NotifyqError
+from ._events import ListenerDown, ListenerUp
+from ._sql import translated
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from ._connection import TrioConnection
+    from ._events import Events
+    from ._store import Store
+
+T = TypeVar("T")
+
+__all__ = ["Listener"]
+
+CALL_TIMEOUT = 3.0
+"""Seconds a statement on the listening connection may take: they are all small, so longer means a dead peer."""
+
+KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+"""libpq parameters (seconds; the last milliseconds): a silent peer is noticed within about 11 s."""
+
+
+@attrs.define(eq=False)
+class _Call:
+    function: Callable[[TrioConnection], Awaitable[Any]]
+    done: trio.Event = attrs.field(factory=trio.Event)
+    result: Any = None
+    error: Exception | None = None
+
+
+class Listener:
+    """Listens on channels and calls back with each payload."""
+
+    def __init__(self, dsn: str, store: Store, events: Events) -> None:
+        self._dsn = dsn
+        self._store = store
+        self._events = events
+        self._channels: dict[str, Callable[[str], object]] = {}
+        self._connected: list[Callable[[], object]] = []
+        self._interests: Counter[int] = Counter()
+        self._calls: deque[_Call] = deque()
+        self._waiting: trio.CancelScope | None = None
+        self._random = random.Random()
+        self._proofs: set[str] = set()
+        self.up = False
+
+    def on_connected(self, callback: Callable[[], object]) -> None:
+        """Call back whenever listening has begun (again): what was notified before it was not heard."""
+        self._connected.append(callback)
+
+    def add_channel(self, channel: str, heard: Callable[[str], object]) -> None:
+        """Hear a channel from the next connect on. ``heard`` gets each payload, in the event loop."""
+        self._channels[channel] = heard
+
+    async def listen(self, channel: str, heard: Callable[[str], object]) -> None:
+        """Hear a channel from now on. Raises ``ConnectionLost`` while disconnected (it is heard after the next connect)."""
+        self.add_channel(channel, heard)
+        await self.call(lambda connection: self._store.listen(connection, channel))
+
+    async def call(self, function: Callable[[TrioConnection], Awaitable[T]]) -> T:
+        """Run statements on the listening connection. Raises ``ConnectionLost`` if there is none, or it breaks."""
+        if not self.up:
+            raise ConnectionLost("the listening connection is down")
+        call = _Call(function)
+        self._calls.append(call)
+        if self._waiting is not None:
+            self._waiting.cancel()
+        await call.done.wait()
+        if call.error is not None:
+            raise call.error
+        result: T = call.result
+        return result
+
+    @contextlib.asynccontextmanager
+    async def interest(self, queue: int) -> AsyncIterator[None]:
+        """Hold interest in the results of a queue: its settles announce finished jobs. Held again after a reconnect."""
+        self._interests[queue] += 1
+        try:
+            if self._interests[queue] == 1:
+                with contextlib.suppress(ConnectionLost):
+                    await self.call(lambda connection: self._store.hold_interest(connection, queue))
+            yield
+        finally:
+            self._interests[queue] -= 1
+            if not self._interests[queue]:
+                del self._interests[queue]
+                with trio.CancelScope(shield=True), contextlib.suppress(ConnectionLost):
+                    await self.call(lambda connection: self._store.drop_interest(connection, queue))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Connect, listen, and reconnect for ever. Started when it listens, or when the first try has failed."""
+        failures = 0
+        started = False
+        while True:
+            try:
+                async with self._connection() as connection:
+                    await self._begin(connection)
+                    failures = 0
+                    self.up = True
+                    self._events.emit(ListenerUp())
+                    for callback in self._connected:
+                        callback()
+                    if not started:
+                        started = True
+                        task_status.started()
+                    await self._serve(connection)
+            except (psycopg.Error, NotifyqError, trio.TooSlowError) as error:
+                if self.up or failures == 0:
+                    self._events.emit(ListenerDown(str(error) or type(error).__name__))
+            finally:
+                self.up = False
+                self._refuse_calls()
+            if not started:
+                started = True
+                task_status.started()
+            failures += 1
+            await trio.sleep(reconnect_delay(failures, self._random))
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[TrioConnection]:
+        with translated():
+            connection = await open_connection(self._dsn, application_name="notifyq listener", **KEEPALIVE)
+        connection.cancel_grace = 1.0
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def _begin(self, connection: TrioConnection) -> None:
+        """LISTEN, then prove it: a transaction pooler accepts LISTEN and delivers nothing. Only then take locks."""
+        control = await self._store.channel(connection, 0)
+        connection.add_notify_handler(self._heard)
+        for channel in {control, *self._channels}:
+            await self._store.listen(connection, channel)
+        proof = f"proof:{uuid4()}"
+        with trio.move_on_after(CALL_TIMEOUT) as patience:
+            await self._store.notify(connection, control, proof)
+            while proof not in self._proofs:
+                await connection.wait_input()
+        self._proofs.clear()
+        if patience.cancelled_caught:
+            raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
+        await self._store.keepalive(connection)
+        for queue in self._interests:
+            await self._store.hold_interest(connection, queue)
+
+    def _heard(self, notification: psycopg.Notify) -> None:
+        if notification.payload.startswith("proof:"):
+            self._proofs.add(notification.payload)
+        elif (heard := self._channels.get(notification.channel)) is not None:
+            heard(notification.payload)
+
+    async def _serve(self, connection: TrioConnection) -> None:
+        while True:
+            while self._calls:
+                await self._run_call(connection, self._calls[0])
+                self._calls.popleft()
+            with trio.CancelScope() as self._waiting:
+                try:
+                    await connection.wait_input()
+                finally:
+                    self._waiting = None
+
+    async def _run_call(self, connection: TrioConnection, call: _Call) -> None:
+        try:
+            with trio.fail_after(CALL_TIMEOUT):
+                call.result = await call.function(connection)
+        except (ConnectionLost, psycopg.OperationalError, trio.TooSlowError) as error:
+            call.error = ConnectionLost(f"the listening connection broke: {error}")
+            raise
+        except Exception as error:  # the caller's mistake, not the connection's
+            call.error = error
+        except BaseException:
+            call.error = ConnectionLost("the listening connection was closed")
+            raise
+        finally:
+            call.done.set()
+
+    def _refuse_calls(self) -> None:
+        while self._calls:
+            call = self._calls.popleft()
+            call.error = call.error or ConnectionLost("the listening connection is down")
+            call.done.set()
+
+
