@@ -104,11 +104,21 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         Holds no lock: only the task that runs the connection's statements may call it. Raises
         ``psycopg.OperationalError`` when the connection broke.
         """
+        # What came in one read with the last statement's reply is in libpq's buffer, not in the socket.
+        if self._hand_out():
+            await trio.lowlevel.checkpoint()
+            return
         await trio.lowlevel.wait_readable(self.pgconn.socket)
         self.pgconn.consume_input()
+        self._hand_out()
+
+    def _hand_out(self) -> bool:
+        found = False
         while (notification := self.pgconn.notifies()) is not None:
+            found = True
             if self.pgconn.notify_handler:
                 self.pgconn.notify_handler(notification)
+        return found
 
     def dict_cursor(self) -> psycopg.AsyncCursor[dict[str, Any]]:
         """A cursor whose rows are dictionaries."""
