@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import deque
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
+from ._backoff import reconnect_delay
 from ._bell import Bell
-from ._errors import ConnectionLost
+from ._errors import ConnectionLost, NoLease
 from ._events import JobClaimed
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ LOOK_EVERY = 1.0
 
 LOOK_SHARE = 0.05
 """Share of the time that such looks may take: a long-open snapshot makes them dear."""
+
+CHEAP_LOOK = 0.004
+"""Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
 TRAIL_SECONDS = 1.0
 """How far the floor trails the head: transactions may commit a lower number this much later unnoticed."""
@@ -135,6 +140,7 @@ class Claimer:
         self._due_at: float = math.inf
         self._clock_offset: float | None = None
         self._due_unknown = True
+        self._random = random.Random()
 
     # what others call
 
@@ -193,15 +199,18 @@ class Claimer:
         """Claim until cancelled. A claim under way is finished, so that no job is claimed and forgotten."""
         task_status.started()
         self.bell.ring()
+        failures = 0
         while True:
             await self._wait_for_work()
             try:
                 await self._drain()
                 if self._due_unknown or self._due_at <= trio.current_time():
                     await self._learn_due()
-            except ConnectionLost:
+                failures = 0
+            except (ConnectionLost, NoLease):
+                failures += 1
+                await trio.sleep(reconnect_delay(failures, self._random))
                 self.look_again()
-                await trio.sleep(0.5)
 
     async def _wait_for_work(self) -> None:
         wake_at = self._due_at
@@ -214,8 +223,9 @@ class Claimer:
                 await self.bell.wait()
 
     async def _drain(self) -> None:
-        dry = False
-        while not dry or self.bell.rung:
+        # One look from the beginning finds all; only when such looks are dear is the floor tried first.
+        dry = self._look_seconds < CHEAP_LOOK
+        while True:
             how_many = await self._wait_room()
             self.bell.clear()
             now = trio.current_time()

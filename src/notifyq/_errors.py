@@ -68,6 +68,10 @@ class LeaseLost(NotifyqError):
         self.attempt = attempt
 
 
+class NoLease(NotifyqError):
+    """The runtime's own lease lapsed: it registers anew before it claims again. Never leaves the runtime."""
+
+
 class JobNotFound(NotifyqError, LookupError):
     """No such job: it never was, was deleted, or its queue did not keep it."""
 

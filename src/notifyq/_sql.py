@@ -17,6 +17,7 @@ from ._errors import (
     InvalidData,
     InvalidOption,
     MissingPrivilege,
+    NoLease,
     NotifyqError,
     SchemaMismatch,
     UnknownQueue,
@@ -179,13 +180,14 @@ _ERRORS: dict[str, type[NotifyqError]] = {
     "NQ002": InvalidOption,
     "NQ003": InvalidOption,
     "NQ004": InvalidData,
+    "NQ005": NoLease,
     "NQ006": InvalidOption,
     "3F000": SchemaMismatch,  # invalid_schema_name
     "42P01": SchemaMismatch,  # undefined_table
     "42883": SchemaMismatch,  # undefined_function
     "42501": MissingPrivilege,  # insufficient_privilege
 }
-"""SQLSTATEs, and what they mean when one of our functions is called. NQ005 (no live lease) is the runtime's own affair."""
+"""SQLSTATEs, and what they mean when one of our functions is called."""
 
 
 @contextlib.contextmanager
