@@ -123,6 +123,14 @@ class Executor:
         """The attempts that run here, as (job, attempt)."""
         return {(job.id, job.attempt) for run in self._runs.values() for job in run.jobs}
 
+    def extend(self, job_id: int, seconds: float) -> None:
+        """Move a running job's deadline to so many seconds from now."""
+        run = self._runs.get(job_id)
+        if run is not None:
+            run.scope.deadline = trio.current_time() + seconds
+            for job in run.jobs:
+                job.deadline = run.scope.deadline
+
     def abandon(self, held: set[tuple[int, int]]) -> None:
         """Cancel the handlers of attempts that are not among these: they are somebody else's now."""
         for run in list(self._runs.values()):

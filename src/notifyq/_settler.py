@@ -1,0 +1,164 @@
+"""Writes outcomes: whatever ended while the previous write was in flight is written with the next one.
+
+A write is repeated until the database takes it. One outcome that it refuses does not hold up the others. What the
+fence refuses (the attempt was no longer ours) changes nothing and is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import trio
+
+from ._backoff import reconnect_delay
+from ._batcher import Batcher
+from ._errors import ConnectionLost
+from ._events import JobCancelled, JobCompleted, JobFailed, JobSnoozed, LeaseLost
+from ._models import Completed, Discarded, Failed, Released, Snoozed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from ._connection import TrioConnection
+    from ._events import Events
+    from ._models import Outcome
+    from ._pool import Pool
+    from ._store import Store
+
+__all__ = ["Settler"]
+
+BATCH_MAX = 1000
+"""Outcomes in one write. Larger ones gain nothing and hold their jobs' slots longer."""
+
+BACKLOG_MAX = 4 * BATCH_MAX
+"""Unwritten outcomes at which slots wait: a slow database must slow the handlers down, not fill the memory."""
+
+Entry = tuple["Outcome", str]
+
+
+class Settler:
+    """The outcomes of one runtime, all queues together."""
+
+    def __init__(self, pool: Pool, store: Store, runtime: UUID, events: Events) -> None:
+        self._pool = pool
+        self._store = store
+        self._runtime = runtime
+        self._events = events
+        self._batcher: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
+        self._random = random.Random()
+
+    def put(self, outcome: Outcome, queue: str) -> None:
+        """Take an outcome; never waits."""
+        self._batcher.put((outcome, queue))
+
+    async def wait_room(self) -> None:
+        """Wait while too many outcomes are not written yet."""
+        if self._batcher.backlog >= BACKLOG_MAX:
+            await self._batcher.wait_backlog_below(BACKLOG_MAX)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write until cancelled; then call ``close()``."""
+        task_status.started()
+        await self._batcher.run()
+
+    async def close(self) -> None:
+        """Write what is left. Cancelled: the rest is not written, and those jobs run again."""
+        await self._batcher.close()
+
+    async def _flush(self, entries: list[Entry]) -> None:
+        failures = 0
+        for kind in (Completed, Failed, Snoozed, Discarded, Released):
+            some = sorted((entry for entry in entries if type(entry[0]) is kind), key=lambda entry: entry[0].job_id)
+            while some:
+                try:
+                    async with self._pool.connection() as connection:
+                        await self._write(connection, some)
+                except ConnectionLost:
+                    failures += 1
+                    await trio.sleep(reconnect_delay(failures, self._random))
+                else:
+                    break
+
+    async def _write(self, connection: TrioConnection, entries: list[Entry]) -> None:
+        """Write outcomes of one kind. On an error of the data: one by one, to find the one at fault."""
+        try:
+            settled = await self._settle([outcome for outcome, _ in entries], connection)
+        except psycopg.DatabaseError as error:
+            if len(entries) == 1:
+                await self._refused(connection, entries[0], error)
+                return
+            for entry in entries:
+                await self._write(connection, [entry])
+            return
+        self._report(entries, settled)
+
+    async def _refused(self, connection: TrioConnection, entry: Entry, error: psycopg.DatabaseError) -> None:
+        """The database does not take this outcome: its job fails alone, by name."""
+        outcome, queue = entry
+        text = str(error).split("\n")[0][:500].replace("\x00", "")
+        failed = Failed(outcome.job_id, outcome.attempt, "output_invalid", text, final=True)
+        settled = await self._settle([failed], connection)
+        self._report([(failed, queue)], settled)
+
+    async def _settle(self, outcomes: Sequence[Any], connection: TrioConnection) -> dict[int, str]:
+        """One call for outcomes of one kind; returns where each job stands now, of those that were still ours."""
+        ids = [outcome.job_id for outcome in outcomes]
+        attempts = [outcome.attempt for outcome in outcomes]
+        first = outcomes[0]
+        if isinstance(first, Completed):
+            outputs = f"[{','.join(outcome.output for outcome in outcomes)}]"
+            done = await self._store.complete(connection, ids, outputs, attempts, self._runtime)
+        elif isinstance(first, Failed):
+            errors = json.dumps([{"type": o.type, "message": o.message, "traceback": o.traceback} for o in outcomes])
+            return await self._store.fail(
+                connection,
+                ids,
+                errors,
+                attempts,
+                self._runtime,
+                [outcome.final for outcome in outcomes],
+                [outcome.retry_in for outcome in outcomes],
+            )
+        elif isinstance(first, Snoozed):
+            delays = [outcome.delay for outcome in outcomes]
+            done = await self._store.snooze(connection, ids, delays, attempts, self._runtime)
+        elif isinstance(first, Discarded):
+            done = await self._store.discard(connection, ids, attempts, self._runtime)
+        else:
+            done = await self._store.release(connection, ids, attempts, self._runtime)
+        return dict.fromkeys(done, "")
+
+    def _report(self, entries: list[Entry], settled: dict[int, str]) -> None:
+        emit = self._events.emit
+        if len(settled) == len(entries) and not self._events.wants(_event_of(entries[0][0])):
+            return
+        for outcome, queue in entries:
+            job, attempt = outcome.job_id, outcome.attempt
+            if job not in settled:
+                emit(LeaseLost(queue, job, attempt))
+            elif isinstance(outcome, Completed):
+                emit(JobCompleted(queue, job, attempt, outcome.seconds))
+            elif isinstance(outcome, Failed):
+                emit(JobFailed(queue, job, attempt, outcome.type, outcome.message, settled[job]))
+            elif isinstance(outcome, Snoozed):
+                emit(JobSnoozed(queue, job, attempt))
+            elif isinstance(outcome, Discarded):
+                emit(JobCancelled(queue, job, attempt))
+
+
+_EVENTS: dict[type, Any] = {
+    Completed: JobCompleted,
+    Failed: JobFailed,
+    Snoozed: JobSnoozed,
+    Discarded: JobCancelled,
+    Released: LeaseLost,
+}
+
+
+def _event_of(outcome: Outcome) -> Any:
+    """The event that tells of an outcome of this type."""
+    return _EVENTS[type(outcome)]
