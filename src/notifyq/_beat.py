@@ -39,7 +39,7 @@ class Heart:
         lost: Callable[[], Awaitable[None]],
         events: Events,
     ) -> None:
-        """``told`` gets what each beat said; ``lost`` is called once when the lease lapsed, or is about to."""
+        """``register`` lets go of all jobs and begins a new lease; ``told`` gets what each beat said; ``lost`` is called once when the lease lapsed, or is about to."""
         self._lease = lease
         self._beat = beat
         self._register = register
@@ -73,15 +73,17 @@ class Heart:
         margin = self._lease / 6
         if started >= self._held_until - margin:
             await self._give_up()
+        given_up = self._held_until == -math.inf
         try:
-            with trio.move_on_at(max(self._held_until - margin, started + RETRY)) as patience:
+            with trio.move_on_at(started + self._lease / 2 if given_up else self._held_until - margin) as patience:
                 beat = await self._beat()
         except ConnectionLost:
             return False
         if patience.cancelled_caught:
             await self._give_up()
             return False
-        if not beat.renewed:
+        if given_up or not beat.renewed:
+            # What is still ours in the database was cancelled here: start with empty hands.
             await self._give_up()
             try:
                 await self._register()
