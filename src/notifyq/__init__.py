@@ -1,0 +1,68 @@
+"""A PostgreSQL job queue, driven by LISTEN/NOTIFY, on trio.
+
+    reminders = notifyq.Queue("reminders", Reminder, Echo, retry_limit=3)
+
+    @reminders.worker
+    async def remind(job: notifyq.Job[Reminder]) -> Echo:
+        return Echo(f"echo: {job.data.message}")
+
+    runtime = notifyq.Runtime([reminders])     # notifyq run module:runtime
+
+    async with notifyq.connect() as nq:        # DATABASE_URL
+        sent = await nq.send(reminders, Reminder("hello"), delay=5)
+        echo = await nq.result(sent)
+
+The flow, and where it is: send (``_client``, ``sql/functions/10_send.sql``) → notify (``20_bell.sql``) → wake
+(``_listener``) → claim (``_claimer``, ``30_claim.sql``) → run (``_executor``) → complete (``_settler``,
+``40_complete.sql``).
+"""
+
+from ._client import Client, connect
+from ._errors import (
+    ClientClosed,
+    ConnectionLost,
+    InvalidData,
+    InvalidOption,
+    JobFailed,
+    JobNotFound,
+    LeaseLost,
+    MissingPrivilege,
+    NotifyqError,
+    SchemaMismatch,
+    UnknownQueue,
+)
+from ._models import Job, JobRecord, NewJob, SendOptions, Sent
+from ._queue import BatchResult, Queue
+from ._runtime import Runtime, run
+from ._schema import VERSION as __version__
+from ._signals import Discard, Fail, Retry, Snooze
+
+__all__ = [
+    "BatchResult",
+    "Client",
+    "ClientClosed",
+    "ConnectionLost",
+    "Discard",
+    "Fail",
+    "InvalidData",
+    "InvalidOption",
+    "Job",
+    "JobFailed",
+    "JobNotFound",
+    "JobRecord",
+    "LeaseLost",
+    "MissingPrivilege",
+    "NewJob",
+    "NotifyqError",
+    "Queue",
+    "Retry",
+    "Runtime",
+    "SchemaMismatch",
+    "SendOptions",
+    "Sent",
+    "Snooze",
+    "UnknownQueue",
+    "__version__",
+    "connect",
+    "run",
+]

@@ -193,6 +193,10 @@ class Claimer:
         self._buffer.clear()
         return jobs
 
+    def waiting(self) -> set[tuple[int, int]]:
+        """The attempts that have not been taken, as (job, attempt)."""
+        return {(job.id, job.attempt) for job in self._buffer}
+
     # the loop
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -103,6 +103,7 @@ async def connect(
     check_schema_name(schema)
     await prepare(dsn, schema, migrate=migrate, patience=connect_timeout)
     store = Store(schema)
+    raised: Exception | None = None
     async with (
         Pool(dsn, size=pool_size, connect_timeout=connect_timeout) as pool,
         trio.open_nursery() as nursery,
@@ -111,9 +112,13 @@ async def connect(
         client = Client(pool, store, listener, nursery)
         try:
             yield client
+        except Exception as error:
+            raised = error  # and not the nursery's group of one
         finally:
             client.close()
             nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised
 
 
 class Client:

@@ -1,0 +1,117 @@
+"""One queue's claimer and executor wired together, its database calls bound."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ._claimer import Claimer
+from ._executor import Executor
+from ._models import Released
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from ._events import Events
+    from ._executor import Middleware
+    from ._models import Claimed, JobHandle
+    from ._pool import Pool
+    from ._queue import Queue
+    from ._settler import Settler
+    from ._store import QueueInfo, Store
+
+__all__ = ["QueueWorker"]
+
+
+class QueueWorker:
+    """Claims and runs the jobs of one queue."""
+
+    def __init__(
+        self,
+        queue: Queue[Any, Any],
+        info: QueueInfo,
+        *,
+        pool: Pool,
+        store: Store,
+        runtime: UUID,
+        settler: Settler,
+        handle: JobHandle,
+        middleware: Sequence[Middleware],
+        events: Events,
+    ) -> None:
+        worker = queue.worker_function
+        assert worker is not None
+        self.queue = queue
+        self.info = info
+        self._pool = pool
+        self._store = store
+        self._runtime = runtime
+        self._settler = settler
+        self.claim_failed = False
+        self.claimer = Claimer(
+            queue.name,
+            capacity=worker.concurrency * worker.batch_size,
+            poll_interval=worker.poll_interval,
+            claim=self._claim,
+            next_due=self._next_due,
+            events=events,
+        )
+        self.executor = Executor(
+            queue,
+            claimer=self.claimer,
+            settle=settler.put,
+            settled=settler.wait_room,
+            handle=handle,
+            middleware=middleware,
+            output_limit=info.max_data_bytes,
+            events=events,
+        )
+        self._claiming = trio.CancelScope()
+        self._stopped = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Claim until ``stop()``, run jobs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.executor.run)
+            task_status.started()
+            with self._claiming:
+                await self.claimer.run()
+            self._hand_back()
+            self._stopped.set()
+
+    async def stop(self) -> None:
+        """Claim no more, hand back what has not started, and wait until what runs has ended."""
+        self._claiming.cancel()
+        await self._stopped.wait()
+        await self.executor.wait_idle()
+
+    def lose_all(self) -> None:
+        """The lease lapsed: drop what has not started and cancel what runs, without settling."""
+        self.claimer.take_back()
+        self.executor.abandon(set())
+
+    def known(self) -> set[tuple[int, int]]:
+        """The attempts that run or wait here, as (job, attempt)."""
+        return self.executor.running() | self.claimer.waiting()
+
+    def _hand_back(self) -> None:
+        for claimed in self.claimer.take_back():
+            self._settler.put(Released(claimed.id, claimed.attempt), self.queue.name)
+
+    async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
+        # A claim that a crash of the server forgets is made again; without retries it must not run twice.
+        durably = self.info.retry_limit == 0
+        try:
+            async with self._pool.connection() as connection:
+                return await self._store.claim(
+                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=durably
+                )
+        except BaseException:
+            self.claim_failed = True
+            raise
+
+    async def _next_due(self) -> tuple[float | None, float]:
+        async with self._pool.connection() as connection:
+            return await self._store.next_due(connection, self.info.number)
