@@ -245,7 +245,9 @@ class Client:
             raise JobNotFound(f"no job {_id(job)}: it never was, was deleted, or was not kept any longer")
         return record
 
-    async def jobs(self, *, queue: ANY | str | None = None, state: str | None = None, limit: int = 50) -> list[JobRecord]:
+    async def jobs(
+        self, *, queue: ANY | str | None = None, state: str | None = None, limit: int = 50
+    ) -> list[JobRecord]:
         """The newest jobs, of a queue or in a state."""
         async with self.connection() as connection:
             return await self._store.jobs(connection, None if queue is None else _name(queue), state, limit)
@@ -361,9 +363,7 @@ class Client:
     async def complete(self, job: Job[Any], output: Any = None) -> bool:
         """Complete a job fetched by hand; False, and nothing changes, if it was not ours any longer."""
         async with self.connection() as connection:
-            return bool(
-                await self._store.complete(connection, [job.id], f"[{to_json(output)}]", [job.attempt], None)
-            )
+            return bool(await self._store.complete(connection, [job.id], f"[{to_json(output)}]", [job.attempt], None))
 
     async def fail(
         self, job: Job[Any], error: Exception | str, *, final: bool = False, retry_in: float | None = None

@@ -242,9 +242,7 @@ class Executor:
             return Failed(job.id, job.attempt, "shutdown", "its runtime stopped before it ended", retry_in=0)
         return _timed_out(job)
 
-    def _split(
-        self, jobs: list[Job[Any]], result: Any, error: Exception | None, elapsed: float
-    ) -> list[Outcome]:
+    def _split(self, jobs: list[Job[Any]], result: Any, error: Exception | None, elapsed: float) -> list[Outcome]:
         """What a batch worker returned or raised, as one outcome a job."""
         if error is None and isinstance(result, Mapping):
             missing = [job for job in jobs if job.id not in result]
@@ -328,7 +326,9 @@ def _clean(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
 
 
-def _wrap(innermost: Callable[[Any], Awaitable[Any]], middleware: Sequence[Middleware]) -> Callable[[Any], Awaitable[Any]]:
+def _wrap(
+    innermost: Callable[[Any], Awaitable[Any]], middleware: Sequence[Middleware]
+) -> Callable[[Any], Awaitable[Any]]:
     call = innermost
     for layer in reversed(middleware):
         call = _layer(layer, call)

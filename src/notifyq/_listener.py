@@ -201,5 +201,3 @@ class Listener:
             call = self._calls.popleft()
             call.error = call.error or ConnectionLost("the listening connection is down")
             call.done.set()
-
-

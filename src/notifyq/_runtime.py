@@ -106,7 +106,7 @@ class Runtime:
         self._pool_size = pool_size or min(10, len(names) + 2)
         self._connect_timeout = connect_timeout
         self._stopping: trio.Event | None = None
-        _logging.subscribe(self.events)
+        self._logged = False
 
     def subscribe(self, subscriber: Callable[[Event], object], *kinds: type[Event]) -> None:
         """Call ``subscriber`` with every event of these kinds (none: all), in the event loop. It must not block."""
@@ -135,6 +135,9 @@ class Runtime:
         dsn = resolve_dsn(self._dsn)
         self.id = uuid4()
         self._stopping = trio.Event()
+        if not self._logged:
+            self._logged = True
+            _logging.subscribe(self.events)
         await prepare(dsn, self._schema, migrate=self._migrate, patience=self._connect_timeout)
         store = Store(self._schema)
         listener = Listener(dsn, store, self.events)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["Discard", "Fail", "Retry", "Snooze"]
 
 
-class Signal(Exception):  # noqa: N818 - raised like psycopg's Rollback: an instruction, not an error
+class Signal(Exception):
     """Base of the signals."""
 
     def __init__(self, reason: str = "") -> None:

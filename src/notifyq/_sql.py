@@ -31,9 +31,9 @@ __all__ = [
     "check_schema_name",
     "is_connection_loss",
     "many_entry",
+    "seconds",
     "send_parameters",
     "send_statement",
-    "seconds",
     "translated",
 ]
 
