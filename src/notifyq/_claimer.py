@@ -41,6 +41,10 @@ CHEAP_LOOK = 0.004
 TRAIL_SECONDS = 1.0
 """How far the floor trails the head: transactions may commit a lower number this much later unnoticed."""
 
+MEASURE_SECONDS = 0.02
+MEASURE_COUNT = 10
+"""A sample of the rate is either so many seconds of work or so many jobs."""
+
 DUE_AGAIN = 0.01
 """Seconds until a due ticket that another runtime is promoting is looked for again."""
 
@@ -85,26 +89,34 @@ class Floor:
 
 @attrs.define(eq=False)
 class Rate:
-    """Jobs finished per second, over the last tenth of a second or more of work."""
+    """Jobs finished per second while there was something to do."""
 
     per_second: float = 0.0
     _count: int = 0
-    _since: float = 0.0
+    _busy_seconds: float = 0.0
+    _busy_since: float | None = None
 
-    def finished(self) -> None:
+    def busy(self, now: float) -> None:
+        """There is work from now on."""
+        if self._busy_since is None:
+            self._busy_since = now
+
+    def finished(self, now: float | None) -> None:
+        """A job ended; ``now`` if it was the last one in hand."""
         self._count += 1
+        if now is not None and self._busy_since is not None:
+            self._busy_seconds += now - self._busy_since
+            self._busy_since = None
 
-    def measure(self, now: float, busy: bool) -> float:
-        """The rate up to now. ``busy``: there was work all the time, else the sample is thrown away."""
-        elapsed = now - self._since
-        if not busy:
-            self._count, self._since = 0, now
-        elif elapsed >= 0.02 and self._count:
-            sample = self._count / elapsed
-            self.per_second = sample if not self.per_second else 0.5 * (self.per_second + sample)
-            self._count, self._since = 0, now
-        elif elapsed >= 1.0:
-            self.per_second = min(self.per_second, 1.0 / elapsed)
+    def measure(self, now: float) -> float:
+        """The rate up to now, half of it from what happened since the last time."""
+        if self._busy_since is not None:
+            self._busy_seconds += now - self._busy_since
+            self._busy_since = now
+        if self._busy_seconds >= MEASURE_SECONDS or self._count >= MEASURE_COUNT:
+            sample = self._count / max(self._busy_seconds, 1e-6)
+            self.per_second = 0.5 * (self.per_second + sample)
+            self._count, self._busy_seconds = 0, 0.0
         return self.per_second
 
 
@@ -124,7 +136,7 @@ class Claimer:
         """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue."""
         self.queue = queue
         self.bell = Bell()
-        self.rate = Rate()
+        self._rate = Rate()
         self._capacity = capacity
         self._poll_interval = poll_interval
         self._claim = claim
@@ -184,7 +196,8 @@ class Claimer:
     def finished(self) -> None:
         """A job that was taken has ended."""
         self._running -= 1
-        self.rate.finished()
+        in_hand = self._running or self._buffer
+        self._rate.finished(None if in_hand else trio.current_time())
         self._room.ring()
 
     def take_back(self) -> list[Claimed]:
@@ -257,14 +270,16 @@ class Claimer:
     async def _wait_room(self) -> int:
         while True:
             self._room.clear()
-            per_second = self.rate.measure(trio.current_time(), busy=self._running > 0 or bool(self._buffer))
+            per_second = self._rate.measure(trio.current_time())
             how_many = demand(self._capacity, self._running, len(self._buffer), per_second)
             if how_many:
                 return how_many
             await self._room.wait()
 
     def _deliver(self, jobs: list[Claimed]) -> None:
-        self._floor.claimed(jobs, trio.current_time())
+        now = trio.current_time()
+        self._floor.claimed(jobs, now)
+        self._rate.busy(now)
         self._buffer.extend(jobs)
         self._takers.unpark(count=len(jobs))
         if self._events.wants(JobClaimed):

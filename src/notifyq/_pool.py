@@ -74,7 +74,6 @@ class Pool:
     async def __aexit__(self, *_: object) -> None:
         self._closed = True
         for _since, connection in self._resting:
-            connection.close()
             self._opener.putconn(connection)
         self._resting.clear()
         with trio.CancelScope(shield=True):
@@ -122,10 +121,3 @@ class Pool:
         """Say how many connections are in use."""
         now = self._limiter.statistics()
         return PoolStatistics(size=int(now.total_tokens), on_loan=now.borrowed_tokens, waiting=now.tasks_waiting)
-
-    def discard_resting(self) -> None:
-        """Close the connections that wait for a borrower: after a server restart they are all broken."""
-        while self._resting:
-            opened = self._resting.pop()[1]
-            opened.close()
-            self._opener.putconn(opened)
