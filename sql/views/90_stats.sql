@@ -94,10 +94,19 @@ select
         join notifyq.job j on j.id = t.job
     ) as head_age,
     notifyq.next_due(q.number) as next_due,
+    coalesce(s.due, 0) as due,
     f.last_finished_at
 from notifyq.queue q
 left join (select t.queue, count(*) as jobs, count(*) filter (where t.attempt > 0) as retrying from notifyq.ready t group by t.queue) r on r.queue = q.number
-left join (select t.queue, count(*) as jobs, count(*) filter (where t.attempt > 0) as retrying from notifyq.scheduled t group by t.queue) s on s.queue = q.number
+left join (
+    select
+        t.queue,
+        count(*) as jobs,
+        count(*) filter (where t.attempt > 0) as retrying,
+        count(*) filter (where t.due_at <= clock_timestamp()) as due
+    from notifyq.scheduled t
+    group by t.queue
+) s on s.queue = q.number
 left join (select t.queue, count(*) as jobs from notifyq.active t group by t.queue) a on a.queue = q.number
 left join (
     select
@@ -109,7 +118,7 @@ left join (
     from notifyq.archive t
     group by t.queue
 ) f on f.queue = q.number;
-comment on view notifyq.queue_stats is 'Counts by queue; finished ones count while they are kept. head_age: since the job next in line was sent.';
+comment on view notifyq.queue_stats is 'Counts by queue; finished ones count while they are kept. due: scheduled ones whose time has come. head_age: since the job next in line was sent.';
 
 create or replace view notifyq.runtimes as
 select

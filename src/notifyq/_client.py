@@ -139,6 +139,11 @@ class Client:
         self._closed = False
         listener.on_connected(self._wake_all)
 
+    @property
+    def schema(self) -> str:
+        """The schema that holds the installation."""
+        return self._store.schema
+
     def close(self) -> None:
         """Refuse further calls."""
         self._closed = True

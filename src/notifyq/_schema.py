@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ._connection import TrioConnection
 
-__all__ = ["SqlFile", "apply", "check", "load", "plan", "printed_plan", "uninstall"]
+__all__ = ["SqlFile", "apply", "check", "load", "plan", "printed_plan", "renamed", "uninstall"]
 
 VERSION = version("notifyq")
 
@@ -64,11 +64,16 @@ def load(schema: str) -> list[SqlFile]:
                 found.append(
                     SqlFile(
                         f"{folder}/{entry.name}",
-                        re.sub(r"\bnotifyq\b", schema, text),
+                        renamed(text, schema),
                         hashlib.sha256(text.encode()).hexdigest(),
                     )
                 )
     return found
+
+
+def renamed(text: str, schema: str) -> str:
+    """The text of an SQL file for a schema of another name than the one it is written with."""
+    return re.sub(r"\bnotifyq\b", schema, text)
 
 
 def plan(installed: Installed | None, available: Sequence[SqlFile]) -> list[SqlFile]:

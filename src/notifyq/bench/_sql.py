@@ -1,0 +1,33 @@
+"""The benchmark's own SQL: the bare limit by hand, and what it asks the server about."""
+
+from __future__ import annotations
+
+from typing import LiteralString
+
+BARE_SETUP: LiteralString = """
+create table bare (id bigint generated always as identity primary key, sent bigint not null);
+create function bare_ring() returns trigger language plpgsql as $$
+begin
+    perform pg_notify('bare', '');
+    return null;
+end
+$$;
+create trigger bell after insert on bare for each statement execute function bare_ring();
+"""
+BARE_LISTEN: LiteralString = "listen bare"
+BARE_SEND: LiteralString = "insert into bare (sent) values (%s)"
+BARE_CLAIM: LiteralString = (
+    "delete from bare where id = (select id from bare order by id limit 1 for update skip locked) returning sent"
+)
+UNFINISHED: LiteralString = (
+    "select exists (select from notifyq.ready) or exists (select from notifyq.active)"
+    " or exists (select from notifyq.scheduled)"
+)
+PICKUPS: LiteralString = (
+    "select output::bigint from notifyq.jobs where queue = 'bench.latency' and state = 'completed' order by id"
+)
+CLEAR: LiteralString = "truncate notifyq.job, notifyq.ready, notifyq.active, notifyq.archive, notifyq.attempt"
+SETTINGS: LiteralString = (
+    "select name, setting from pg_settings where name in"
+    " ('server_version', 'fsync', 'synchronous_commit', 'shared_buffers', 'max_wal_size', 'wal_compression')"
+)

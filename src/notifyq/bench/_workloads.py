@@ -1,0 +1,161 @@
+"""The workloads: start processes, say go, time them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import psycopg
+
+from ._sql import BARE_SETUP, CLEAR, PICKUPS, UNFINISHED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["WORKLOADS", "Settings"]
+
+GAP = 0.02
+"""Seconds between the sends of the latency workload: both sides have gone to sleep by then."""
+
+
+@attrs.frozen
+class Settings:
+    """What to measure with."""
+
+    dsn: str = attrs.field(repr=False)
+    jobs: int
+    processes: int
+    concurrency: int
+    batch: int
+    kept: bool
+
+
+class Role:
+    """A process of the benchmark."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", "notifyq.bench._roles", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Role:
+        self.hear()  # ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def go(self) -> None:
+        """Let it begin."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for its next line."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a benchmark process ended early; its error is above")
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+
+def enqueue(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+    """Bulk sends: jobs/s from the first send to the last commit."""
+    each = settings.jobs // settings.processes
+    with ExitStack() as stack:
+        senders = [
+            stack.enter_context(Role("enqueue", settings.dsn, each, settings.batch, settings.concurrency))
+            for _ in range(settings.processes)
+        ]
+        started = time.perf_counter()
+        for sender in senders:
+            sender.go()
+        for sender in senders:
+            sender.hear()
+        seconds = time.perf_counter() - started
+    _clear(settings.dsn)
+    step()
+    return {"jobs_per_second": each * settings.processes / seconds}
+
+
+def drain(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+    """Jobs/s from the commit that makes them ready until the last completion is committed."""
+    with ExitStack() as stack:
+        connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
+        for _ in range(settings.processes):
+            stack.enter_context(Role("work", settings.dsn, settings.concurrency))
+        data = json.dumps([{"data": number} for number in range(settings.jobs)])
+        connection.execute("select count(*) from notifyq.send_many('bench.drain', %s::jsonb)", (data,))
+        started = time.perf_counter()
+        while connection.execute(UNFINISHED).fetchone() == (True,):
+            time.sleep(0.01)
+        seconds = time.perf_counter() - started
+    _clear(settings.dsn)
+    step()
+    return {"jobs_per_second": settings.jobs / seconds, "processes": settings.processes, "kept": settings.kept}
+
+
+def latency(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+    """Send to start of the worker on an idle system, and the same by hand in plain psycopg."""
+    sends = max(50, min(500, settings.jobs // 100))
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        with Role("work", settings.dsn, 10), Role("produce", settings.dsn, sends, GAP) as producer:
+            producer.go()
+            producer.hear()
+            while connection.execute(UNFINISHED).fetchone() == (True,):
+                time.sleep(0.01)
+        pickups = [row[0] / 1e6 for row in connection.execute(PICKUPS).fetchall()]
+    with (
+        Role("bare-consume", settings.dsn, sends) as consumer,
+        Role("bare-produce", settings.dsn, sends, GAP) as producer,
+    ):
+        producer.go()
+        limit = [pickup / 1e6 for pickup in consumer.hear()["pickups"]]
+    _clear(settings.dsn)
+    step()
+    percentiles = statistics.quantiles(pickups, n=100)
+    return {
+        "p50_ms": percentiles[49],
+        "p95_ms": percentiles[94],
+        "p99_ms": percentiles[98],
+        "max_ms": max(pickups),
+        "limit_p50_ms": statistics.median(limit),
+    }
+
+
+WORKLOADS: dict[str, Callable[[Settings, Callable[[], None]], dict[str, float]]] = {
+    "enqueue": enqueue,
+    "drain": drain,
+    "latency": latency,
+}
+
+
+def set_up(dsn: str) -> None:
+    """What the bare limit needs."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(BARE_SETUP)
+
+
+def _clear(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(CLEAR)
+        connection.execute("checkpoint")

