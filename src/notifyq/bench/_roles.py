@@ -87,11 +87,10 @@ def bare_consume(dsn: str, jobs: int) -> None:
         connection.execute(BARE_LISTEN)
         connection.execute(BARE_CLAIM)
         say(ready=True)
-        for _ in connection.notifies():
+        while len(pickups) < jobs:
+            list(connection.notifies(stop_after=1))
             while (row := connection.execute(BARE_CLAIM).fetchone()) is not None:
                 pickups.append(time.monotonic_ns() - row[0])
-            if len(pickups) >= jobs:
-                break
     say(pickups=pickups)
 
 
