@@ -87,7 +87,7 @@ class Executor:
         self._runs: dict[int, _Run] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._threads = trio.CapacityLimiter(self._worker.concurrency)
-        self._call = _wrap(self._innermost(), middleware)
+        self._call = _wrap(self._innermost(), (*middleware, *self._worker.middleware))
 
     def _innermost(self) -> Callable[[Any], Awaitable[Any]]:
         function = self._worker.function

@@ -39,7 +39,7 @@ _OPTIONS = (
     "bell",
 )
 _DURATIONS = {"retry_delay", "retry_delay_max", "timeout", "retention", "expire_in"}
-_WORKER_OPTIONS = ("concurrency", "poll_interval")
+_WORKER_OPTIONS = ("concurrency", "poll_interval", "middleware")
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 
 
@@ -56,6 +56,8 @@ class Worker:
     """Jobs in one call; 1 unless ``kind`` is ``batch``."""
     poll_interval: float | None
     """Seconds between looks for jobs that no notification told of; None: with every beat."""
+    middleware: tuple[Any, ...] = ()
+    """Around every call, inside the runtime's own."""
 
 
 class Queue(Generic[In, Out]):
@@ -136,7 +138,7 @@ class Queue(Generic[In, Out]):
     def worker(self, function: Callable[[Job[In]], Out], /) -> Callable[[Job[In]], Out]: ...
     @overload
     def worker(
-        self, /, *, concurrency: int = 10, poll_interval: float | None = None
+        self, /, *, concurrency: int = 10, poll_interval: float | None = None, middleware: Sequence[Any] = ()
     ) -> Callable[[Callable[[Job[In]], Awaitable[Out] | Out]], Callable[[Job[In]], Awaitable[Out] | Out]]: ...
     def worker(self, function: Any = None, /, **options: Any) -> Any:
         """Register the function that handles this queue's jobs, an ``async def`` or a plain function (run in a thread).
@@ -144,7 +146,8 @@ class Queue(Generic[In, Out]):
         Args:
             function: takes a ``Job`` and returns its output. Used as a decorator, with or without options.
             options: ``concurrency``, the most calls at once in one process (default 10); ``poll_interval``, seconds
-                between looks for jobs that no notification told of (default: with every beat, about 5 s).
+                between looks for jobs that no notification told of (default: with every beat, about 5 s);
+                ``middleware``, around every call, inside the runtime's own.
 
         Raises:
             InvalidOption: a second worker, an option that does not exist, or a function of the wrong kind.
@@ -155,7 +158,14 @@ class Queue(Generic[In, Out]):
         return self._register(function, None)
 
     def batch_worker(
-        self, /, *, batch_size: int, concurrency: int = 1, poll_interval: float | None = None, **unknown: Any
+        self,
+        /,
+        *,
+        batch_size: int,
+        concurrency: int = 1,
+        poll_interval: float | None = None,
+        middleware: Sequence[Any] = (),
+        **unknown: Any,
     ) -> Callable[[Callable[[list[Job[In]]], Awaitable[BatchResult[Out]]]], Any]:
         """Register an ``async def`` that handles up to ``batch_size`` jobs in one call, see ``BatchResult``.
 
@@ -166,7 +176,7 @@ class Queue(Generic[In, Out]):
         """
         self._check_worker_options(unknown, ("batch_size", *_WORKER_OPTIONS))
         return lambda function: self._register(
-            function, batch_size, concurrency=concurrency, poll_interval=poll_interval
+            function, batch_size, concurrency=concurrency, poll_interval=poll_interval, middleware=middleware
         )
 
     def _check_worker_options(self, options: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
@@ -175,7 +185,13 @@ class Queue(Generic[In, Out]):
         check_options(options, allowed, f"the worker of queue {self.name!r}")
 
     def _register(
-        self, function: F, batch_size: int | None, *, concurrency: int = 10, poll_interval: float | None = None
+        self,
+        function: F,
+        batch_size: int | None,
+        *,
+        concurrency: int = 10,
+        poll_interval: float | None = None,
+        middleware: Sequence[Any] = (),
     ) -> F:
         where = f"worker of queue {self.name!r}"
         if self.worker_function is not None:
@@ -192,7 +208,7 @@ class Queue(Generic[In, Out]):
         if poll_interval is not None and seconds(poll_interval, "poll_interval") <= 0:
             raise InvalidOption(f"{where}: poll_interval must be above zero seconds, not {poll_interval!r}")
         kind = "batch" if batch_size is not None else "async" if is_async else "sync"
-        self.worker_function = Worker(function, kind, concurrency, batch_size or 1, poll_interval)
+        self.worker_function = Worker(function, kind, concurrency, batch_size or 1, poll_interval, tuple(middleware))
         return function
 
 

@@ -97,7 +97,7 @@ class Runtime:
             raise InvalidOption(f"grace must be zero or more seconds, not {grace!r}")
         self.id: UUID = uuid4()
         self.events = Events()
-        self._dsn = dsn
+        self.dsn = dsn
         self._schema = check_schema_name(schema)
         self._migrate = migrate
         self._middleware = tuple(middleware)
@@ -132,7 +132,7 @@ class Runtime:
             ConnectionLost: the server could not be reached in time at start. Later it reconnects for ever.
             SchemaMismatch, MissingPrivilege, UnknownQueue, InvalidOption: it cannot start like this.
         """
-        dsn = resolve_dsn(self._dsn)
+        dsn = resolve_dsn(self.dsn)
         self.id = uuid4()
         self._stopping = trio.Event()
         if not self._logged:

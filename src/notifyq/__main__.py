@@ -1,0 +1,21 @@
+"""``python -m notifyq`` and the ``notifyq`` command."""
+
+from __future__ import annotations
+
+import sys
+
+from ._cli import cli
+from ._errors import NotifyqError
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed with one readable line, 2 wrong usage."""
+    try:
+        cli(prog_name="notifyq")
+    except NotifyqError as error:
+        print(f"notifyq: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""The command line: tables for people, ``--json`` for programs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import click
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from . import _schema
+from ._client import Client, connect, resolve_dsn
+from ._connection import open_connection
+from ._errors import InvalidData, InvalidOption
+from ._models import SendOptions
+from ._queue import Queue
+from ._runtime import Runtime, run_until_signal
+from ._sql import check_schema_name, translated
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+T = TypeVar("T")
+
+
+@attrs.frozen
+class Target:
+    """Which installation the command is about."""
+
+    dsn: str | None = attrs.field(repr=False)
+    schema: str
+
+    def ask(self, question: Callable[[Client], Awaitable[T]]) -> T:
+        """Run something with a client of an installed schema."""
+
+        async def main() -> T:
+            async with connect(self.dsn, schema=self.schema, migrate=False) as nq:
+                return await question(nq)
+
+        return trio.run(main)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--dsn", envvar="DATABASE_URL", help="The database, as a URI or key=value pairs.  [env: DATABASE_URL]")
+@click.option("--schema", default="notifyq", show_default=True, help="The schema of the installation.")
+@click.version_option(_schema.VERSION)
+@click.pass_context
+def cli(context: click.Context, dsn: str | None, schema: str) -> None:
+    """A PostgreSQL job queue."""
+    context.obj = Target(dsn, check_schema_name(schema))
+
+
+@cli.command()
+@click.argument("app", metavar="MODULE:RUNTIME")
+@click.option("--processes", default=1, show_default=True, type=click.IntRange(1, 256), help="Worker processes.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every job.")
+@click.pass_obj
+def run(target: Target, app: str, processes: int, verbose: bool) -> None:
+    """Run the workers of a runtime until SIGTERM or SIGINT; a second signal stops at once."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
+    runtime = load_runtime(app)
+    resolve_dsn(target.dsn if target.dsn is not None else runtime.dsn)
+    if processes == 1:
+        runtime.dsn = runtime.dsn if target.dsn is None else target.dsn
+        trio.run(run_until_signal, runtime)
+    else:
+        from ._supervisor import supervise
+
+        arguments = ["--schema", target.schema, "run", app, *(["-v"] if verbose else [])]
+        sys.exit(trio.run(supervise, arguments, processes))
+
+
+def load_runtime(app: str) -> Runtime:
+    """Import ``module:name``, the current folder first. Raises ``click.UsageError`` and ``InvalidOption``."""
+    module_name, _, name = app.partition(":")
+    if not module_name or not name:
+        raise click.UsageError(f"{app!r} is not MODULE:RUNTIME, such as reminders.wiring:runtime")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise InvalidOption(f"there is no module {module_name!r} here or on the Python path") from error
+    runtime = getattr(module, name, None)
+    if not isinstance(runtime, Runtime):
+        found = [key for key, value in vars(module).items() if isinstance(value, Runtime)]
+        hint = f"; it has {', '.join(found)}" if found else "; make one: runtime = notifyq.Runtime([queue])"
+        raise InvalidOption(f"module {module_name!r} has no Runtime named {name!r}{hint}")
+    return runtime
+
+
+@cli.command()
+@click.argument("queue")
+@click.argument("data", metavar="JSON", required=False, default="null")
+@click.option("--delay", type=float, help="Seconds.")
+@click.option("--priority", type=int)
+@click.option("--retry-limit", type=int)
+@click.option("--id-key")
+@as_json
+@click.pass_obj
+def send(target: Target, queue: str, data: str, as_json: bool, **options: Any) -> None:
+    """Send a job with JSON data (- reads it from stdin)."""
+    try:
+        value = json.loads(sys.stdin.read() if data == "-" else data)
+    except ValueError as error:
+        raise InvalidData(f"{data!r:.80} is not JSON: {error}") from None
+    given: SendOptions = {key: value for key, value in options.items() if value is not None}  # type: ignore[assignment]
+    sent = target.ask(lambda nq: nq.send(Queue(queue), value, **given))
+    show(
+        [{"id": sent.id, "created": sent.created}],
+        as_json,
+        f"job {sent.id} {'sent' if sent.created else 'exists'}",
+        single=True,
+    )
+
+
+@cli.command()
+@as_json
+@click.pass_obj
+def queues(target: Target, as_json: bool) -> None:
+    """Counts of every queue."""
+    show(target.ask(Client.queue_stats), as_json, "queues")
+
+
+@cli.command()
+@as_json
+@click.pass_obj
+def runtimes(target: Target, as_json: bool) -> None:
+    """The processes that run jobs."""
+    show(target.ask(Client.runtimes), as_json, "runtimes")
+
+
+@cli.command()
+@click.option("--queue")
+@click.option(
+    "--state", type=click.Choice(["scheduled", "ready", "active", "completed", "failed", "cancelled"])
+)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
+@as_json
+@click.pass_obj
+def jobs(target: Target, queue: str | None, state: str | None, limit: int, as_json: bool) -> None:
+    """The newest jobs."""
+    found = target.ask(lambda nq: nq.jobs(queue=queue, state=state, limit=limit))
+    rows = [attrs.asdict(record) for record in found]
+    if not as_json:
+        columns = ("id", "queue", "state", "retrying", "attempt", "priority", "data", "output", "sent_at", "due_at")
+        rows = [
+            {**{key: row[key] for key in columns}, "error": (row["error"] or {}).get("message")} for row in rows
+        ]
+    show(rows, as_json, "jobs")
+
+
+@cli.command("show")
+@click.argument("job", type=int)
+@as_json
+@click.pass_obj
+def show_job(target: Target, job: int, as_json: bool) -> None:
+    """All that is known of a job."""
+    row = attrs.asdict(target.ask(lambda nq: nq.get(job)))
+    if as_json:
+        show([row], True, "", single=True)
+    else:
+        show([{"field": key, "value": value} for key, value in row.items() if value is not None], False, f"job {job}")
+
+
+def _operation(name: str, verb: str, text: str) -> None:
+    @cli.command(name, help=text)
+    @click.argument("jobs", type=int, nargs=-1, required=True)
+    @as_json
+    @click.pass_obj
+    def command(target: Target, jobs: tuple[int, ...], as_json: bool) -> None:
+        affected = target.ask(lambda nq: getattr(nq, name)(*jobs))
+        untouched = [job for job in jobs if job not in affected]
+        text = f"{verb}: {_listed(affected)}" + (f"; not: {_listed(untouched)}" if untouched else "")
+        show([{"affected": affected, "untouched": untouched}], as_json, text, single=True)
+        if untouched:
+            sys.exit(1)
+
+
+_operation("retry", "retrying", "Give failed jobs one more attempt. Exit code 1 if one was not failed.")
+_operation("resume", "resumed", "Put cancelled jobs back in line. Exit code 1 if one was not cancelled.")
+_operation("cancel", "cancelled", "Cancel jobs, also running ones. Exit code 1 if one had ended.")
+_operation("delete", "deleted", "Delete jobs in any state. Exit code 1 if there was none.")
+
+
+@cli.command()
+@click.argument("queue")
+@click.option("--source", help="Only jobs that came from this queue.")
+@click.option("--error-type", help="Only jobs whose last error was of this type.")
+@click.option("--limit", type=click.IntRange(1))
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@as_json
+@click.pass_obj
+def redrive(
+    target: Target, queue: str, source: str | None, error_type: str | None, limit: int | None, dry_run: bool, as_json: bool
+) -> None:
+    """Send the dead letters in QUEUE back to where they came from."""
+    moved = target.ask(
+        lambda nq: nq.redrive(queue, source=source, error_type=error_type, how_many=limit, preview=dry_run)
+    )
+    show([{"id": old, "queue": to, "new_id": new} for old, to, new in moved], as_json, "redriven")
+
+
+@cli.command()
+@click.option("--plan", is_flag=True, help="Print the SQL instead of running it.")
+@click.pass_obj
+def migrate(target: Target, plan: bool) -> None:
+    """Install or upgrade the schema."""
+
+    async def main() -> str:
+        with translated():
+            connection = await open_connection(resolve_dsn(target.dsn))
+        try:
+            if plan:
+                return await _schema.printed_plan(connection, target.schema) or "-- nothing to do"
+            done = await _schema.apply(connection, target.schema)
+            return f"schema {target.schema}: {len(done)} files applied" if done else "nothing to do"
+        finally:
+            await connection.close()
+
+    print(trio.run(main))
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.pass_obj
+def uninstall(target: Target, yes: bool) -> None:
+    """Drop the schema with all its queues and jobs."""
+    dsn = resolve_dsn(target.dsn)
+    if not yes:
+        click.confirm(f"Drop schema {target.schema} with all its queues and jobs?", abort=True)
+
+    async def main() -> None:
+        with translated():
+            connection = await open_connection(dsn)
+        try:
+            await _schema.uninstall(connection, target.schema)
+        finally:
+            await connection.close()
+
+    trio.run(main)
+    print(f"schema {target.schema} dropped")
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def new(folder: Path) -> None:
+    """Write a small runnable project into DIR."""
+    from ._new import write_project
+
+    for file in write_project(folder):
+        print(file)
+
+
+@cli.command()
+def demo() -> None:
+    """Run the example project on an embedded server (or DATABASE_URL) and show what happens to its jobs."""
+    from ._demo import main
+
+    main()
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure; the same as python -m notifyq.bench."""
+    from .bench.__main__ import main
+
+    main.main(list(arguments), prog_name="notifyq bench")
+
+
+def show(rows: Iterable[Mapping[str, Any]], as_json: bool, title: str, *, single: bool = False) -> None:
+    """Print rows as JSON (an object if ``single``), or as a table with a title; a single row as its title alone."""
+    rows = list(rows)
+    if as_json:
+        print(json.dumps(rows[0] if single else rows, default=str))
+    elif single:
+        print(title)
+    elif not rows:
+        print(f"no {title}")
+    else:
+        table = Table(title=title)
+        for column in rows[0]:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict | list):
+        return json.dumps(value, default=str, ensure_ascii=False)[:200]
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return f"{value:%Y-%m-%d %H:%M:%S}" if hasattr(value, "strftime") else str(value)
+
+
+def _listed(jobs: Iterable[int]) -> str:
+    return ", ".join(map(str, jobs)) or "none"
