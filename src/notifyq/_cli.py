@@ -146,9 +146,7 @@ def runtimes(target: Target, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--queue")
-@click.option(
-    "--state", type=click.Choice(["scheduled", "ready", "active", "completed", "failed", "cancelled"])
-)
+@click.option("--state", type=click.Choice(["scheduled", "ready", "active", "completed", "failed", "cancelled"]))
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
 @as_json
 @click.pass_obj
@@ -158,9 +156,7 @@ def jobs(target: Target, queue: str | None, state: str | None, limit: int, as_js
     rows = [attrs.asdict(record) for record in found]
     if not as_json:
         columns = ("id", "queue", "state", "retrying", "attempt", "priority", "data", "output", "sent_at", "due_at")
-        rows = [
-            {**{key: row[key] for key in columns}, "error": (row["error"] or {}).get("message")} for row in rows
-        ]
+        rows = [{**{key: row[key] for key in columns}, "error": (row["error"] or {}).get("message")} for row in rows]
     show(rows, as_json, "jobs")
 
 
@@ -206,7 +202,13 @@ _operation("delete", "deleted", "Delete jobs in any state. Exit code 1 if there 
 @as_json
 @click.pass_obj
 def redrive(
-    target: Target, queue: str, source: str | None, error_type: str | None, limit: int | None, dry_run: bool, as_json: bool
+    target: Target,
+    queue: str,
+    source: str | None,
+    error_type: str | None,
+    limit: int | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Send the dead letters in QUEUE back to where they came from."""
     moved = target.ask(

@@ -176,12 +176,16 @@ class Client:
     # queues
 
     async def create_queue(self, queue: ANY) -> str:
-        """Make sure that a queue exists. Returns ``created``, ``exists``, or ``differs: …``, which changes nothing.
+        """Make sure that a queue exists, and its dead-letter queue if that was given as a queue.
+
+        Returns ``created``, ``exists``, or ``differs: …``, which changes nothing.
 
         Raises ``InvalidOption`` and ``UnknownQueue`` (its dead-letter queue does not exist).
         """
         async with self.connection() as connection:
-            return await self._store.create_queue(connection, queue.name, to_json(queue.options))
+            for needed in queue.with_dead_letters():
+                done = await self._store.create_queue(connection, needed.name, to_json(needed.options))
+        return done
 
     async def update_queue(self, queue: ANY) -> None:
         """Give the queue in the database the options declared here; jobs sent from then on inherit them."""

@@ -83,7 +83,7 @@ class Queue(Generic[In, Out]):
             options: retry_limit (attempts after the first), retry_delay and retry_delay_max (seconds or timedelta),
                 retry_backoff (exponential, or fixed), timeout (seconds of one attempt), priority, retention (seconds a
                 finished job is kept; 0: not, None: for ever), expire_in (seconds in which it must start), dead_letter
-                (a queue or its name), max_data_bytes, bell (``"always"`` or ``"never"``: senders that use PREPARE
+                (a queue, which is then created with this one, or the name of one that exists), max_data_bytes, bell (``"always"`` or ``"never"``: senders that use PREPARE
                 TRANSACTION need ``"never"``).
 
         Raises:
@@ -102,7 +102,15 @@ class Queue(Generic[In, Out]):
         self.data_type = data
         self.output_type = output
         self.options = _plain(options)
+        dead_letter = options.get("dead_letter")
+        self.dead_letter: Queue[Any, Any] | None = dead_letter if isinstance(dead_letter, Queue) else None
         self.worker_function: Worker | None = None
+
+    def with_dead_letters(self) -> list[Queue[Any, Any]]:
+        """This queue after those it needs: its dead-letter queue, and that one's."""
+        if self.dead_letter is None:
+            return [self]
+        return [*self.dead_letter.with_dead_letters(), self]
 
     def __repr__(self) -> str:
         return f"Queue({self.name!r})"

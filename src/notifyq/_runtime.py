@@ -166,7 +166,8 @@ class _Session:
     async def begin(self, queues: list[Queue[Any, Any]], middleware: Sequence[Middleware], *, declare: bool) -> None:
         """Create the queues if need be, learn their numbers, register."""
         async with self._pool.connection() as connection:
-            for queue in _dead_letters_first(queues) if declare else ():
+            declared = [needed for queue in queues for needed in queue.with_dead_letters()] if declare else []
+            for queue in dict.fromkeys(declared):
                 done = await self._store.create_queue(connection, queue.name, to_json(queue.options))
                 if done.startswith("differs"):
                     log.warning("queue %s: in the database %s (update_queue changes it)", queue.name, done)
@@ -320,11 +321,6 @@ class _Session:
                 raise LeaseLost(job.id, job.attempt)
         for worker in self._workers:
             worker.executor.extend(job.id, seconds)
-
-
-def _dead_letters_first(queues: Iterable[Queue[Any, Any]]) -> list[Queue[Any, Any]]:
-    named = {queue.options.get("dead_letter") for queue in queues}
-    return sorted(queues, key=lambda queue: queue.name not in named)
 
 
 def run(runtime: Runtime) -> None:

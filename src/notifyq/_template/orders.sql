@@ -13,5 +13,6 @@ begin
 end
 $$;
 
-create or replace trigger confirm_order after insert on orders
+drop trigger if exists confirm_order on orders;
+create trigger confirm_order after insert on orders
 for each row execute function confirm_order();

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator
 
-import notifyq
 import pytest
 import trio
-from notifyq import testing
 from reminders.functions import Echo, Reminder
 from reminders.wiring import missed, reminders
+
+import notifyq
+from notifyq import testing
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,6 @@ def server() -> Iterator[str]:
 def test_a_reminder_is_echoed_and_a_failing_one_becomes_a_dead_letter(server: str) -> None:
     async def main() -> None:
         async with testing.fresh_database(server) as dsn, notifyq.connect(dsn) as nq:
-            await nq.create_queue(missed)
             await nq.create_queue(reminders)
             good = await nq.send(reminders, Reminder("tea"))
             await nq.send(reminders, Reminder("nobody home", fail=True), retry_limit=0)

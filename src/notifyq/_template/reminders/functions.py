@@ -6,8 +6,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-import notifyq
 import trio
+
+import notifyq
 
 log = logging.getLogger("reminders")
 

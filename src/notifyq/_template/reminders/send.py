@@ -1,7 +1,8 @@
 """Sends two reminders and waits for what becomes of them: python -m reminders.send, while the runtime runs."""
 
-import notifyq
 import trio
+
+import notifyq
 
 from .functions import Reminder
 from .wiring import reminders

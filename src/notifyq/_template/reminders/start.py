@@ -3,20 +3,12 @@
 import logging
 
 import notifyq
-import trio
 
-from .wiring import missed, runtime
-
-
-async def create_queues() -> None:
-    """Queues with a worker are created by the runtime; this one has none."""
-    async with notifyq.connect() as nq:
-        await nq.create_queue(missed)
+from .wiring import runtime
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    trio.run(create_queues)
     notifyq.run(runtime)
 
 
