@@ -191,6 +191,7 @@ class Claimer:
             await self._takers.park()
         jobs = [self._buffer.popleft() for _ in range(min(how_many, len(self._buffer)))]
         self._running += len(jobs)
+        self._room.ring()
         return jobs
 
     def finished(self) -> None:

@@ -112,7 +112,7 @@ def load_runtime(app: str) -> Runtime:
 @click.option("--id-key")
 @as_json
 @click.pass_obj
-def send(target: Target, queue: str, data: str, as_json: bool, **options: Any) -> None:
+def send(target: Target, /, queue: str, data: str, as_json: bool, **options: Any) -> None:
     """Send a job with JSON data (- reads it from stdin)."""
     try:
         value = json.loads(sys.stdin.read() if data == "-" else data)

@@ -82,7 +82,7 @@ async def produce(dsn: str, jobs: int, gap: float) -> None:
 
 def bare_consume(dsn: str, jobs: int) -> None:
     """The limit: LISTEN, and claim one row by hand for each notification, in plain psycopg."""
-    pickups = []
+    pickups: list[int] = []
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(BARE_LISTEN)
         connection.execute(BARE_CLAIM)
