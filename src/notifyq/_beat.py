@@ -39,7 +39,10 @@ class Heart:
         lost: Callable[[], Awaitable[None]],
         events: Events,
     ) -> None:
-        """``register`` lets go of all jobs and begins a new lease; ``told`` gets what each beat said; ``lost`` is called once when the lease lapsed, or is about to."""
+        """``register`` lets go of all jobs and begins a new lease; ``told`` gets what each beat said.
+
+        ``lost`` is called once when the lease lapsed, or is about to.
+        """
         self._lease = lease
         self._beat = beat
         self._register = register

@@ -19,13 +19,14 @@ from . import _schema
 from ._client import Client, connect, resolve_dsn
 from ._connection import open_connection
 from ._errors import InvalidData, InvalidOption
-from ._models import SendOptions
 from ._queue import Queue
 from ._runtime import Runtime, run_until_signal
 from ._sql import check_schema_name, translated
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from ._models import SendOptions
 
 T = TypeVar("T")
 

@@ -37,7 +37,7 @@ RESULT_POLL = 5.0
 
 
 def resolve_dsn(dsn: str | None) -> str:
-    """The DSN given, or ``DATABASE_URL``. Raises ``InvalidOption`` if there is none, or it is not one; never quotes it."""
+    """The DSN given, or ``DATABASE_URL``. Raises ``InvalidOption``, which never quotes it, if there is none or it is bad."""
     found = dsn if dsn is not None else os.environ.get("DATABASE_URL")
     if not found:
         raise InvalidOption("no database: give dsn=..., or set DATABASE_URL=postgresql://user@host:5432/database")
@@ -161,7 +161,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[TrioConnection]:
-        """Lend a connection with a transaction open, for ``connection=``: the block's end commits, an exception rolls back."""
+        """Lend a connection in a transaction, for ``connection=``: the block's end commits, an exception rolls back."""
         async with self.connection() as connection, connection.transaction():
             yield connection
 
@@ -193,7 +193,10 @@ class Client:
             await self._store.update_queue(connection, queue.name, to_json(queue.options))
 
     async def delete_queue(self, queue: ANY | str) -> int:
-        """Delete a queue with all its jobs; returns how many. Raises ``UnknownQueue``, ``InvalidOption`` (it is a dead letter)."""
+        """Delete a queue with all its jobs; returns how many.
+
+        Raises ``UnknownQueue``, and ``InvalidOption`` while another queue names it as dead letter.
+        """
         async with self.connection() as connection:
             return await self._store.delete_queue(connection, _name(queue))
 

@@ -66,13 +66,13 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncIterator[psycopg.AsyncTransaction]:
-        """Run the block in a transaction, or in a savepoint of the one under way. An exception, or cancellation, rolls it back."""
+        """Run the block in a transaction, or a savepoint of the one under way. An exception, or cancelling, rolls back."""
         transaction = psycopg.AsyncTransaction(self, savepoint_name, force_rollback)
         await transaction.__aenter__()
         try:
             yield transaction
         except BaseException as error:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + self.cancel_grace) as rollback:
+            with trio.move_on_after(self.cancel_grace, shield=True) as rollback:
                 if await transaction.__aexit__(type(error), error, error.__traceback__):
                     return
             if rollback.cancelled_caught:
@@ -84,9 +84,8 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     async def settle(self) -> bool:
         """Make the connection fit for its next user by rolling back what is open, shielded. False: it is closed."""
         if self.pgconn.status == ConnStatus.OK and self._dirty():
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + self.cancel_grace):
-                with contextlib.suppress(psycopg.Error):
-                    await self.rollback()
+            with trio.move_on_after(self.cancel_grace, shield=True), contextlib.suppress(psycopg.Error):
+                await self.rollback()
         if self.pgconn.status == ConnStatus.OK and not self._dirty():
             return True
         self.pgconn.finish()

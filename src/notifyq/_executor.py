@@ -183,7 +183,7 @@ class Executor:
         return outcomes
 
     def _decode(self, claimed: Claimed) -> Job[Any]:
-        job = Job(
+        return Job(
             claimed.id,
             self._queue.name,
             claimed.attempt,
@@ -196,7 +196,6 @@ class Executor:
             claimed.provenance,
             self._handle,
         )
-        return job
 
     async def _run_jobs(self, jobs: list[Job[Any]]) -> list[Outcome]:
         started = trio.current_time()

@@ -120,7 +120,7 @@ class Job(Generic[In]):
         return self._running().client
 
     async def progress(self, progress: Any) -> None:
-        """Store a JSON value that ``notifyq.jobs`` shows while the job runs. Raises ``LeaseLost`` if it is no longer ours."""
+        """Store a JSON value that ``notifyq.jobs`` shows while the job runs. Raises ``LeaseLost`` if it is not ours now."""
         await self._running().progress(self, progress)
 
     async def touch(self, seconds: float) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import attrs
-import psycopg
 import psycopg_pool
 import trio
 
@@ -20,6 +19,8 @@ from ._errors import ClientClosed, ConnectionLost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    import psycopg
 
 __all__ = ["Pool", "PoolStatistics"]
 

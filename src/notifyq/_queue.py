@@ -83,8 +83,8 @@ class Queue(Generic[In, Out]):
             options: retry_limit (attempts after the first), retry_delay and retry_delay_max (seconds or timedelta),
                 retry_backoff (exponential, or fixed), timeout (seconds of one attempt), priority, retention (seconds a
                 finished job is kept; 0: not, None: for ever), expire_in (seconds in which it must start), dead_letter
-                (a queue, which is then created with this one, or the name of one that exists), max_data_bytes, bell (``"always"`` or ``"never"``: senders that use PREPARE
-                TRANSACTION need ``"never"``).
+                (a queue, which is then created with this one, or the name of one that exists), max_data_bytes, bell
+                (``"always"`` or ``"never"``: senders that use PREPARE TRANSACTION need ``"never"``).
 
         Raises:
             InvalidOption: a bad name, or an option that does not exist.

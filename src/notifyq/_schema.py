@@ -143,8 +143,7 @@ async def printed_plan(connection: TrioConnection, schema: str) -> str:
     parts = ["begin;"]
     if installed is None and not await _schema_exists(connection, schema):
         parts.append(sql.SQL("create schema {};").format(sql.Identifier(schema)).as_string(None))
-    for file in pending:
-        parts.append(f"-- {file.name}\n{file.text}")
+    parts.extend(f"-- {file.name}\n{file.text}" for file in pending)
     for file in pending:
         record = psycopg.ClientCursor(connection._opened).mogrify(_record(schema), (file.name, file.hash, VERSION))
         parts.append(f"{record};")
