@@ -89,7 +89,7 @@ begin
         return 0;
     end if;
     for leaf in
-        select distinct d.day, 'archive_' || to_char(d.day, 'YYYYMMDD') as name
+        select d.day, 'archive_' || to_char(d.day, 'YYYYMMDD') as name, min(ahead) = 0 as in_use
         from notifyq.queue q
         cross join generate_series(0, turn_leaves.days_ahead) ahead
         cross join lateral (select notifyq.leaves_on(q.retention) + ahead as day) d
@@ -97,9 +97,14 @@ begin
         and q.retention <= interval '31 days'
         and to_regclass('notifyq.archive_' || to_char(d.day, 'YYYYMMDD')) is null
         and not exists (select from notifyq.archive_default a where a.leaves_on = d.day)
+        group by d.day
         order by d.day
     loop
         begin
+            if leaf.in_use then
+                -- Rows of this day may be on their way to the default leaf, which would refuse them.
+                lock table notifyq.archive in share row exclusive mode;
+            end if;
             execute format('create table notifyq.%I (like notifyq.archive including defaults including constraints including indexes)', leaf.name);
             execute format('alter table notifyq.archive attach partition notifyq.%I for values from (%L) to (%L)', leaf.name, leaf.day, leaf.day + 1);
             turned := turned + 1;

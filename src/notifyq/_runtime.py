@@ -101,8 +101,8 @@ class Runtime:
         self._schema = check_schema_name(schema)
         self._migrate = migrate
         self._middleware = tuple(middleware)
-        self._lease = lease
-        self._grace = grace
+        self.lease = lease
+        self.grace = grace
         self._pool_size = pool_size or min(10, len(names) + 2)
         self._connect_timeout = connect_timeout
         self._stopping: trio.Event | None = None
@@ -161,6 +161,7 @@ class _Session:
         self._maintenance = Maintenance(pool, store, runtime.events)
         self._workers: list[QueueWorker] = []
         self._strays: set[tuple[int, int]] = set()
+        self._grace = trio.CancelScope()
         self.client = Client(pool, store, listener, None)
 
     async def begin(self, queues: list[Queue[Any, Any]], middleware: Sequence[Middleware], *, declare: bool) -> None:
@@ -191,9 +192,27 @@ class _Session:
         await self._register()
 
     async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
-        """Start all parts, wait for the stop, and end them in order."""
+        """Start all parts, wait for the stop, and end them in order, also when cancelled: then without grace."""
+        ended = trio.Event()
+
+        async def parts() -> None:
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._run_parts(stopping, task_status)
+            finally:
+                ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts)
+            try:
+                await ended.wait()
+            finally:
+                self._grace.cancel()
+                stopping.set()
+
+    async def _run_parts(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
         heart = Heart(
-            self._runtime._lease,
+            self._runtime.lease,
             beat=self._beat,
             register=self._register_anew,
             told=self._told,
@@ -212,7 +231,8 @@ class _Session:
                 self._events.emit(RuntimeStarted(str(self._id), names))
                 task_status.started(self.client)
                 await stopping.wait()
-                with trio.move_on_after(self._runtime._grace):
+                with self._grace:
+                    self._grace.deadline = trio.current_time() + self._runtime.grace
                     await self._stop_workers()
             finally:
                 with trio.CancelScope(shield=True):
@@ -245,7 +265,7 @@ class _Session:
                 connection,
                 self._id,
                 [worker.queue.name for worker in self._workers],
-                self._runtime._lease,
+                self._runtime.lease,
                 os.getpid(),
                 socket.gethostname(),
                 VERSION,

@@ -37,6 +37,9 @@ BATCH_MAX = 1000
 BACKLOG_MAX = 4 * BATCH_MAX
 """Unwritten outcomes at which slots wait: a slow database must slow the handlers down, not fill the memory."""
 
+DATA_ERRORS = ("22", "54")
+"""SQLSTATE classes that are the outcome's own fault: data exceptions and program limits. All others may pass."""
+
 Entry = tuple["Outcome", str]
 
 
@@ -88,6 +91,8 @@ class Settler:
         try:
             settled = await self._settle([outcome for outcome, _ in entries], connection)
         except psycopg.DatabaseError as error:
+            if (error.sqlstate or "")[:2] not in DATA_ERRORS:
+                raise ConnectionLost(f"the database did not take outcomes: {error}") from error
             if len(entries) == 1:
                 await self._refused(connection, entries[0], error)
                 return

@@ -13,7 +13,7 @@ import trio
 
 import notifyq
 from notifyq import Job, Queue
-from notifyq._events import HandlerStuck, JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed
+from notifyq._events import HandlerStuck, JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -401,8 +401,8 @@ async def test_a_handler_that_deletes_its_own_job_is_not_an_error(start, nq):
         return 1
 
     seen = await start(queue)
-    await nq.send(queue, 1)
-    after = await nq.send(queue, 2)
-    await seen.wait(JobClaimed, 2)
-    with pytest.raises(notifyq.JobNotFound):
-        await nq.get(after)
+    sent = [await nq.send(queue, 1), await nq.send(queue, 2)]
+    await seen.wait(LeaseLost, 2)
+    for job in sent:
+        with pytest.raises(notifyq.JobNotFound):
+            await nq.get(job)
