@@ -185,13 +185,19 @@ async def test_batch_worker_settles_each_job_by_itself(start, nq):
     await start(queue)
     with trio.fail_after(5):
         assert await nq.result(sent[0]) == "one"
-        for job, state, type_ in ((sent[1], "failed", "ValueError"), (sent[2], "cancelled", None), (sent[3], "failed", "not_settled")):
+        for job, state, type_ in (
+            (sent[1], "failed", "ValueError"),
+            (sent[2], "cancelled", None),
+            (sent[3], "failed", "not_settled"),
+        ):
             with pytest.raises(notifyq.JobFailed) as caught:
                 await nq.result(job)
             assert (caught.value.state, caught.value.type) == (state, type_)
 
 
-@pytest.mark.parametrize(("returned", "state"), [(None, "completed"), (["a", "b"], "completed"), (["a"], "failed"), ("ab", "failed")])
+@pytest.mark.parametrize(
+    ("returned", "state"), [(None, "completed"), (["a", "b"], "completed"), (["a"], "failed"), ("ab", "failed")]
+)
 async def test_batch_worker_returns_none_or_as_many_outcomes_as_jobs(start, nq, returned, state):
     queue = Queue("q", int, str, retry_limit=0)
 
@@ -290,7 +296,7 @@ async def test_timeout_cancels_the_handler_and_fails_the_attempt(start, nq):
 
     await start(queue)
     with trio.fail_after(5):
-        with pytest.raises(notifyq.JobFailed, match="not done within 0.1 s") as caught:
+        with pytest.raises(notifyq.JobFailed, match=r"not done within 0\.1 s") as caught:
             await nq.result(await nq.send(queue, 1))
         await cancelled.wait()
     assert caught.value.type == "timeout"

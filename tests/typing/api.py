@@ -1,0 +1,65 @@
+"""Checked by mypy, never run: what is inferred from a queue's declaration."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import attrs
+
+import notifyq
+from notifyq import Job, Queue, Sent
+
+
+@attrs.frozen
+class Reminder:
+    message: str
+
+
+@attrs.frozen
+class Echo:
+    result: str
+
+
+reminders = Queue("reminders", Reminder, Echo, retry_limit=3)
+assert_type(reminders, Queue[Reminder, Echo])
+assert_type(Queue("plain"), Queue[Any, Any])
+assert_type(Queue("input", int), Queue[int, Any])
+
+
+@reminders.worker
+async def remind(job: Job[Reminder]) -> Echo:
+    assert_type(job.data, Reminder)
+    return Echo(job.data.message)
+
+
+@Queue("sync", Reminder, Echo).worker(concurrency=2)
+def remind_in_thread(job: Job[Reminder]) -> Echo:
+    return Echo(job.data.message)
+
+
+@reminders.worker  # type: ignore[arg-type]
+async def wrong_output(job: Job[Reminder]) -> int:
+    return 1
+
+
+@reminders.worker  # type: ignore[arg-type]
+async def wrong_input(job: Job[int]) -> Echo:
+    return Echo("")
+
+
+@Queue("batch", int, str).batch_worker(batch_size=10)
+async def batch(jobs: list[Job[int]]) -> list[str | Exception]:
+    return [str(job.data) for job in jobs]
+
+
+async def client() -> None:
+    async with notifyq.connect() as nq:
+        sent = await nq.send(reminders, Reminder("tea"), delay=5, priority=1)
+        assert_type(sent, Sent[Echo])
+        assert_type(await nq.result(sent), Echo)
+        assert_type(await nq.result(1), Any)
+        assert_type(await nq.send_many(reminders, [Reminder("a")]), list[Sent[Echo]])
+        assert_type(await nq.fetch(reminders), list[Job[Reminder]])
+        await nq.send(reminders, Echo("no"))  # type: ignore[misc]
+        await nq.send(reminders, Reminder("tea"), dealy=5)  # type: ignore[call-arg]
+        assert_type(reminders.statement(Reminder("tea")), tuple[str, tuple[Any, ...]])
