@@ -17,10 +17,9 @@ __all__ = ["Batcher"]
 
 
 class Batcher(Generic[T]):
-    """Collects items and hands them to ``flush`` in order, a batch at a time, each item exactly once.
+    """Collects items and hands them to ``flush`` in order, a batch at a time.
 
-    ``flush`` must not fail; cancelling ``run()`` loses nothing, since a flush under way is shielded and what has
-    not been flushed stays for ``close()``.
+    A flush that is cancelled or fails keeps its batch: it is flushed again, by ``run()`` or ``close()``.
     """
 
     def __init__(self, flush: Callable[[list[T]], Awaitable[None]], *, limit: int) -> None:
@@ -31,6 +30,7 @@ class Batcher(Generic[T]):
         self._bell = Bell()
         self._flushed = trio.lowlevel.ParkingLot()
         self._in_flight = 0
+        self._flushing = trio.Lock()
 
     def put(self, item: T) -> None:
         """Add an item; never waits. Whoever puts without bound should look at ``backlog``."""
@@ -51,23 +51,27 @@ class Batcher(Generic[T]):
         """Flush until cancelled."""
         while True:
             await self._bell.wait()
-            with trio.CancelScope(shield=True):
-                await self._flush_once()
+            await self._flush_once()
 
     async def close(self) -> None:
-        """Flush what is left. Call it when ``run()`` has ended."""
-        while self._items:
+        """Wait until all is flushed, by ``run()`` or, if that has ended, here."""
+        while self.backlog:
             await self._flush_once()
 
     async def _flush_once(self) -> None:
-        self._bell.clear()
-        batch, self._items = self._items[: self._limit], self._items[self._limit :]
-        if self._items:
-            self._bell.ring()
-        self._in_flight = len(batch)
-        try:
-            if batch:
-                await self._flush(batch)
-        finally:
-            self._in_flight = 0
-            self._flushed.unpark_all()
+        async with self._flushing:
+            self._bell.clear()
+            batch, self._items = self._items[: self._limit], self._items[self._limit :]
+            if self._items:
+                self._bell.ring()
+            self._in_flight = len(batch)
+            try:
+                if batch:
+                    await self._flush(batch)
+            except BaseException:
+                self._items[:0] = batch
+                self._bell.ring()
+                raise
+            finally:
+                self._in_flight = 0
+                self._flushed.unpark_all()

@@ -19,6 +19,9 @@ log = logging.getLogger("notifyq")
 HEALTHY_SECONDS = 10.0
 """A process that ran this long did not fail to start."""
 
+CLEAN = (0, -signal.SIGTERM)
+"""Exit statuses of a stopped process: by itself, or by the signal while it was still importing."""
+
 
 async def supervise(arguments: list[str], processes: int) -> int:
     """Run ``python -m notifyq`` with these arguments in so many processes until SIGTERM or SIGINT.
@@ -54,7 +57,7 @@ async def supervise(arguments: list[str], processes: int) -> int:
                     status = await process.wait()
                     running.discard(process)
                     if stopping.is_set():
-                        code = max(code, 0 if status == 0 else 1)
+                        code = max(code, 0 if status in CLEAN else 1)
                         return
                     healthy = trio.current_time() - started >= HEALTHY_SECONDS
                     if status in (1, 2) and not healthy:

@@ -1,0 +1,220 @@
+"""Workers, servers and connections that die; real processes, real signals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+import trio.lowlevel
+
+import notifyq
+from notifyq import Job, Queue, _events
+
+APP = """
+import notifyq, trio
+
+slow = notifyq.Queue("slow", int, int, retry_limit=3)
+
+@slow.worker(concurrency=2)
+async def work(job):
+    print("started", job.data, job.attempt, flush=True)
+    await trio.sleep({seconds})
+    return job.attempt
+
+runtime = notifyq.Runtime([slow], lease=2, grace={grace})
+"""
+
+
+class Process:
+    """``notifyq run`` of a module written for the test."""
+
+    def __init__(
+        self, folder: Path, dsn: str, *, seconds: float, grace: float, arguments: tuple[str, ...] = ()
+    ) -> None:
+        (folder / "app.py").write_text(APP.format(seconds=seconds, grace=grace), encoding="utf-8")
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "notifyq", "run", "app:runtime", *arguments],
+            cwd=folder,
+            env={**os.environ, "DATABASE_URL": dsn},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.send_signal = self._popen.send_signal
+
+    async def line(self) -> str:
+        assert self._popen.stdout is not None
+        with trio.fail_after(20):
+            return (await trio.to_thread.run_sync(self._popen.stdout.readline, abandon_on_cancel=True)).strip()
+
+    async def end(self) -> tuple[int, str]:
+        with trio.fail_after(20):
+            _, log = await trio.to_thread.run_sync(self._popen.communicate, abandon_on_cancel=True)
+        return self._popen.returncode, log
+
+
+SLOW = Queue("slow", int, int, retry_limit=3)
+
+
+async def test_the_jobs_of_a_killed_runtime_run_elsewhere(dsn, nq, tmp_path, start):
+    process = Process(tmp_path, dsn, seconds=3600, grace=0)
+    await nq.create_queue(SLOW)
+    sent = await nq.send_many(SLOW, [1, 2])
+    assert {await process.line(), await process.line()} == {"started 1 1", "started 2 1"}
+    process.send_signal(signal.SIGKILL)
+    assert (await process.end())[0] == -signal.SIGKILL
+    queue = Queue("slow", int, int, retry_limit=3)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    await start(queue, lease=2.0)
+    with trio.fail_after(5):
+        assert [await nq.result(job) for job in sent] == [2, 2]
+    record = await nq.get(sent[0])
+    assert record.error is not None
+    assert record.error["type"] == "lost"
+
+
+async def test_sigterm_lets_running_jobs_finish_and_hands_back_the_rest(dsn, nq, tmp_path):
+    process = Process(tmp_path, dsn, seconds=1, grace=30)
+    await nq.create_queue(SLOW)
+    sent = await nq.send_many(SLOW, range(10))
+    await process.line()
+    await process.line()
+    process.send_signal(signal.SIGTERM)
+    code, log = await process.end()
+    assert code == 0, log
+    records = [await nq.get(job) for job in sent]
+    assert [(record.state, record.attempt) for record in records] == [("completed", 1)] * 2 + [("ready", 0)] * 8
+    assert await nq.runtimes() == []
+
+
+async def test_after_the_grace_running_jobs_are_cancelled_and_tried_again(dsn, nq, tmp_path):
+    process = Process(tmp_path, dsn, seconds=3600, grace=0.2)
+    await nq.create_queue(SLOW)
+    sent = await nq.send(SLOW, 1)
+    await process.line()
+    process.send_signal(signal.SIGTERM)
+    code, log = await process.end()
+    assert code == 0, log
+    record = await nq.get(sent)
+    assert (record.state, record.error and record.error["type"]) == ("ready", "shutdown")
+
+
+async def test_a_second_signal_is_immediate(dsn, nq, tmp_path):
+    process = Process(tmp_path, dsn, seconds=3600, grace=3600)
+    await nq.create_queue(SLOW)
+    sent = await nq.send(SLOW, 1)
+    await process.line()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    code, log = await process.end()
+    assert code == 0, log
+    assert (await nq.get(sent)).state == "ready"
+
+
+async def test_the_supervisor_replaces_a_crashed_process_and_drains_all(dsn, nq, tmp_path):
+    process = Process(tmp_path, dsn, seconds=0.1, grace=5, arguments=("--processes", "2"))
+    await nq.create_queue(SLOW)
+    with trio.fail_after(20):
+        while len(runtimes := await nq.runtimes()) < 2:
+            await trio.lowlevel.checkpoint()
+    first = {row["pid"] for row in runtimes}
+    os.kill(min(first), signal.SIGKILL)
+    with trio.fail_after(20):
+        while len({row["pid"] for row in await nq.runtimes()} - first) < 1:
+            await trio.lowlevel.checkpoint()
+    await nq.send(SLOW, 1)
+    assert await process.line() == "started 1 1"
+    process.send_signal(signal.SIGTERM)
+    code, log = await process.end()
+    assert code == 0, log
+
+
+async def test_killed_backends_cost_no_job(start, nq, connection):
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue)
+    ups = len(seen.of(_events.ListenerUp))
+    sent = [await nq.send(queue, 0)]
+    for number in range(1, 4):
+        await connection.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname = current_database()"
+        )
+        await seen.wait(_events.ListenerUp, ups + number)
+        with trio.fail_after(10):
+            while len(sent) <= number:
+                try:
+                    sent.append(await nq.send(queue, number))
+                except notifyq.ConnectionLost:
+                    continue
+    with trio.fail_after(20):
+        assert [await nq.result(job) for job in sent] == [0, 1, 2, 3]
+
+
+async def test_an_outcome_of_a_lost_attempt_is_refused(start, nq, connection):
+    queue = Queue("q", int, int)
+    gate = trio.Event()
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        await gate.wait()
+        return job.attempt
+
+    seen = await start(queue)
+    sent = await nq.send(queue, 1)
+    await seen.wait(_events.JobClaimed)
+    # what a rescue does, without waiting for a lease to lapse
+    await connection.execute("update notifyq.active set deadline = now() - interval '1 second'")
+    await connection.execute("select notifyq.rescue()")
+    gate.set()
+    await seen.wait(_events.LeaseLost)
+    with trio.fail_after(5):
+        assert await nq.result(sent) == 2
+
+
+async def test_a_runtime_that_lost_its_lease_cancels_its_handlers_and_registers_anew(start, nq, connection):
+    queue = Queue("q", int, int)
+    cancelled = trio.Event()
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        if job.attempt == 1:
+            try:
+                await trio.sleep_forever()
+            finally:
+                cancelled.set()
+        return job.attempt
+
+    seen = await start(queue, lease=1.0)
+    sent = await nq.send(queue, 1)
+    await seen.wait(_events.JobClaimed)
+    await connection.execute("select notifyq.deregister(id) from notifyq.runtime")
+    with trio.fail_after(10):
+        await cancelled.wait()
+        assert await nq.result(sent) == 2
+
+
+@pytest.mark.parametrize("seed", [1])
+async def test_a_short_soak_accounts_for_every_job(server, seed):
+    path = Path(__file__).with_name("soak.py")
+    spec = importlib.util.spec_from_file_location("soak", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with trio.fail_after(120):
+        report = await module.soak(server, 15, seed, 2.0)
+    assert report["sent"] > 500
