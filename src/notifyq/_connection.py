@@ -68,18 +68,24 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     ) -> AsyncIterator[psycopg.AsyncTransaction]:
         """Run the block in a transaction, or a savepoint of the one under way. An exception, or cancelling, rolls back."""
         transaction = psycopg.AsyncTransaction(self, savepoint_name, force_rollback)
-        await transaction.__aenter__()
+        # psycopg counts the block before BEGIN or SAVEPOINT is through: cancelled there, the count would be wrong.
+        with trio.move_on_after(self.cancel_grace, shield=True) as begin:
+            await transaction.__aenter__()
+        if begin.cancelled_caught:
+            self.pgconn.finish()
+            raise psycopg.OperationalError("the server did not begin a transaction in time")
         try:
             yield transaction
+            await transaction.__aexit__(None, None, None)
         except BaseException as error:
+            if transaction.status != transaction.Status.ACTIVE:
+                raise  # COMMIT itself failed or was cancelled: there is nothing left to roll back
             with trio.move_on_after(self.cancel_grace, shield=True) as rollback:
                 if await transaction.__aexit__(type(error), error, error.__traceback__):
                     return
             if rollback.cancelled_caught:
                 self.pgconn.finish()
             raise
-        else:
-            await transaction.__aexit__(None, None, None)
 
     async def settle(self) -> bool:
         """Make the connection fit for its next user by rolling back what is open, shielded. False: it is closed."""

@@ -62,7 +62,8 @@ class Pool:
             open=False,
             name="notifyq",
         )
-        self._limiter = trio.CapacityLimiter(size)
+        self._size = size
+        self._permits = trio.Semaphore(size, max_value=size)
         self._resting: list[tuple[float, psycopg.Connection[Any]]] = []
         self._views: WeakKeyDictionary[psycopg.Connection[Any], TrioConnection] = WeakKeyDictionary()
         self._closed = True
@@ -89,7 +90,7 @@ class Pool:
         """
         if self._closed:
             raise ClientClosed("this client is closed")
-        async with self._limiter:
+        async with self._permits:
             opened = await self._borrow()
             view = self._views.get(opened)
             if view is None:
@@ -120,5 +121,8 @@ class Pool:
 
     def statistics(self) -> PoolStatistics:
         """Say how many connections are in use."""
-        now = self._limiter.statistics()
-        return PoolStatistics(size=int(now.total_tokens), on_loan=now.borrowed_tokens, waiting=now.tasks_waiting)
+        return PoolStatistics(
+            size=self._size,
+            on_loan=self._size - self._permits.value,
+            waiting=self._permits.statistics().tasks_waiting,
+        )

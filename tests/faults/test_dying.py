@@ -151,7 +151,8 @@ async def test_killed_backends_cost_no_job(start, nq, connection):
     sent = [await nq.send(queue, 0)]
     for number in range(1, 4):
         await connection.execute(
-            "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname = current_database()"
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where pid <> pg_backend_pid() and datname = current_database()"
         )
         await seen.wait(_events.ListenerUp, ups + number)
         with trio.fail_after(10):
