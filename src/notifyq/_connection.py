@@ -101,6 +101,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         return (
             self.pgconn.transaction_status != TransactionStatus.IDLE
             or self.pgconn.pipeline_status != PipelineStatus.OFF
+            or self._pipeline is not None
         )
 
     async def wait_input(self) -> None:
