@@ -32,11 +32,11 @@ $$;
 
 -- The notification channel of a queue; number 0 is the control channel and -1 announces
 -- finished jobs. Channels hold at most 63 bytes and queue names may be longer.
+-- No pinned search_path, so that it is inlined.
 create or replace function notifyq.channel(number int) returns text
 language sql immutable
-set search_path = pg_catalog, pg_temp
 as $$
-    select 'nq_' || left(md5('notifyq'), 10) || '_' || channel.number
+    select 'nq_' || pg_catalog.left(pg_catalog.md5('notifyq'), 10) || '_' || channel.number::text
 $$;
 
 -- Refuses option names that a queue does not have. Raises NQ003.

@@ -60,7 +60,9 @@ begin
     if least(try_send.retry_delay, try_send.retry_delay_max) < '0' or least(try_send.timeout, try_send.expire_in) <= '0' then
         raise exception 'retry_delay and retry_delay_max must not be negative, timeout and expire_in must be above zero' using errcode = 'NQ003';
     end if;
-    perform notifyq.check_data(try_send.data, q);
+    if octet_length(try_send.data::text) > q.max_data_bytes then
+        perform notifyq.check_data(try_send.data, q);
+    end if;
 
     try_send.id := nextval('notifyq.job_id_seq');
     try_send.created := true;

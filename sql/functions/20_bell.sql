@@ -8,9 +8,9 @@
 -- higher priority or an earlier due time rings again.
 
 -- Whether to ring. 'always' until the quiet bell takes its place here.
+-- No pinned search_path, so that it is inlined.
 create or replace function notifyq.somebody_may_come(queue notifyq.queue) returns boolean
 language sql immutable
-set search_path = pg_catalog, pg_temp
 as $$
     select (somebody_may_come.queue).bell <> 'never'
 $$;

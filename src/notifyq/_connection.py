@@ -38,7 +38,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def __init__(self, opened: psycopg.Connection[Any]) -> None:
         """Drive the connection that ``opened`` (blocking, in autocommit) has opened."""
         super().__init__(opened.pgconn, row_factory=tuple_row)
-        self.lock = trio.Lock()  # type: ignore[assignment]
+        self.lock = _Lock()  # type: ignore[assignment]
         self._opened = opened
         self._autocommit = True
         self.cancel_grace = CANCEL_GRACE
@@ -129,6 +129,22 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def dict_cursor(self) -> psycopg.AsyncCursor[dict[str, Any]]:
         """A cursor whose rows are dictionaries."""
         return self.cursor(row_factory=dict_row)
+
+
+class _Lock:
+    """A lock that costs no trip through the scheduler when it is free: ``wait()`` is the checkpoint."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class _Step:

@@ -90,7 +90,11 @@ class Pool:
         """
         if self._closed:
             raise ClientClosed("this client is closed")
-        async with self._permits:
+        try:
+            self._permits.acquire_nowait()
+        except trio.WouldBlock:
+            await self._permits.acquire()
+        try:
             opened = await self._borrow()
             view = self._views.get(opened)
             if view is None:
@@ -103,6 +107,8 @@ class Pool:
                 else:
                     self._opener.putconn(opened)
                 self._return_unused()
+        finally:
+            self._permits.release()
 
     async def _borrow(self) -> psycopg.Connection[Any]:
         while self._resting:
