@@ -252,7 +252,8 @@ class Client:
     async def get(self, job: Sent[Any] | int) -> JobRecord:
         """Look at a job in any state. Raises ``JobNotFound``."""
         async with self.connection() as connection:
-            record = await self._store.job(connection, _id(job))
+            # Looked for twice: a job that finished into a leaf attached since the first look was planned is not in it.
+            record = await self._store.job(connection, _id(job)) or await self._store.job(connection, _id(job))
         if record is None:
             raise JobNotFound(f"no job {_id(job)}: it never was, was deleted, or was not kept any longer")
         return record

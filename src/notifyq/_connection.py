@@ -61,6 +61,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 await step.finish()
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
             self.pgconn.finish()
+            step.abandon()
 
     @contextlib.asynccontextmanager
     async def transaction(
@@ -155,6 +156,11 @@ class _Step:
         self._fd = fd
         self._want: Wait | None = None
 
+    def abandon(self) -> None:
+        """End the generator here: its clean-up uses the connection, which is closed, and would complain elsewhere."""
+        with contextlib.suppress(psycopg.Error, RuntimeError):
+            self._gen.close()
+
     async def finish(self) -> Any:
         try:
             if self._want is None:
@@ -182,9 +188,13 @@ async def _wait_ready(fd: int, want: Wait) -> Ready:
         first.append(ready)
         nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(race, trio.lowlevel.wait_readable, Ready.R)
-        nursery.start_soon(race, trio.lowlevel.wait_writable, Ready.W)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(race, trio.lowlevel.wait_readable, Ready.R)
+            nursery.start_soon(race, trio.lowlevel.wait_writable, Ready.W)
+    except BaseExceptionGroup:
+        await trio.lowlevel.checkpoint_if_cancelled()  # raises Cancelled itself, as the other waits do
+        raise
     return Ready.RW if len(first) == 2 else first[0]
 
 

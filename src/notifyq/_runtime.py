@@ -189,6 +189,7 @@ class _Session:
                 self._listener.add_channel(info.channel, worker.claimer.heard)
                 self._listener.on_connected(worker.claimer.look_again)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
+            await self._store.turn_leaves(connection)
         await self._register()
 
     async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:

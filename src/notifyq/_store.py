@@ -353,6 +353,10 @@ class Store:
         """Expire, purge and turn the archive's leaves. True: there is more to do."""
         return bool(await self._value(connection, "select {s}.maintain()"))
 
+    async def turn_leaves(self, connection: TrioConnection) -> int:
+        """Make the archive's leaves for today and the next days, so that completions find them."""
+        return int(await self._value(connection, "select {s}.turn_leaves()"))
+
     # listening
 
     async def listen(self, connection: TrioConnection, channel: str) -> None:
