@@ -30,7 +30,8 @@ def test_wheel_and_sdist_hold_every_sql_file(tmp_path):
     assert "notifyq/py.typed" in names
     assert "notifyq/_template/orders.sql" in names
     [sdist] = tmp_path.glob("*.tar.gz")
-    shipped = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        shipped = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {f"sql/{name}" for name in expected} <= shipped
 
 
