@@ -161,8 +161,11 @@ class Listener:
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
         await self._store.keepalive(connection)
-        for queue in self._interests:
-            await self._store.hold_interest(connection, queue)
+        held: set[int] = set()
+        while missing := self._interests.keys() - held:  # waiters may come while we are at it
+            for queue in missing:
+                await self._store.hold_interest(connection, queue)
+            held |= missing
 
     def _heard(self, notification: psycopg.Notify) -> None:
         if notification.payload.startswith("proof:"):

@@ -57,6 +57,7 @@ class Pool:
             kwargs={"autocommit": True, "prepare_threshold": None, **(parameters or {})},
             min_size=0,
             max_size=size,
+            max_idle=IDLE_RETURN,
             timeout=connect_timeout,
             configure=_prepare,
             open=False,

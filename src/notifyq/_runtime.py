@@ -62,7 +62,7 @@ class Runtime:
         middleware: Sequence[Middleware] = (),
         lease: float = 12.0,
         grace: float = 30.0,
-        pool_size: int | None = None,
+        pool_size: int = 10,
         connect_timeout: float = 10.0,
     ) -> None:
         """Declare what to run; nothing starts yet.
@@ -76,7 +76,7 @@ class Runtime:
                 that returns an async context manager.
             lease: seconds after the last beat until other runtimes take over the jobs of one that died (at least 1).
             grace: seconds that running jobs get to end when the runtime stops; then they are cancelled and tried again.
-            pool_size: most database connections beside the listening one (default: 2 more than queues, at most 10).
+            pool_size: most database connections beside the listening one (opened when needed; idle ones are closed).
             connect_timeout: seconds to reach the server at start.
 
         Raises:
@@ -103,7 +103,7 @@ class Runtime:
         self._middleware = tuple(middleware)
         self.lease = lease
         self.grace = grace
-        self._pool_size = pool_size or min(10, len(names) + 2)
+        self._pool_size = pool_size
         self._connect_timeout = connect_timeout
         self._stopping: trio.Event | None = None
         self._logged = False
@@ -162,6 +162,7 @@ class _Session:
         self._workers: list[QueueWorker] = []
         self._strays: set[tuple[int, int]] = set()
         self._grace = trio.CancelScope()
+        self._turn = trio.Semaphore(1)
         self.client = Client(pool, store, listener, None)
 
     async def begin(self, queues: list[Queue[Any, Any]], middleware: Sequence[Middleware], *, declare: bool) -> None:
@@ -184,6 +185,7 @@ class _Session:
                     handle=self,
                     middleware=middleware,
                     events=self._events,
+                    turn=self._turn,
                 )
                 self._workers.append(worker)
                 self._listener.add_channel(info.channel, worker.claimer.heard)

@@ -165,8 +165,13 @@ async def _schema_exists(connection: TrioConnection, schema: str) -> bool:
 
 
 async def _installed(connection: TrioConnection, schema: str) -> Installed | None:
-    cursor = await connection.execute("select to_regclass(%s)", (f"{schema}.installed",))
-    if await cursor.fetchone() == (None,):
+    # Asked of the catalogue's tables: to_regclass() answers from a cache, which may be older than the lock we waited for.
+    cursor = await connection.execute(
+        "select 1 from pg_class c join pg_namespace n on n.oid = c.relnamespace"
+        " where n.nspname = %s and c.relname = 'installed'",
+        (schema,),
+    )
+    if await cursor.fetchone() is None:
         return None
     cursor = await connection.execute(
         sql.SQL("select file, hash, version from {}").format(sql.Identifier(schema, "installed"))

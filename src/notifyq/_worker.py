@@ -40,7 +40,9 @@ class QueueWorker:
         handle: JobHandle,
         middleware: Sequence[Middleware],
         events: Events,
+        turn: trio.Semaphore,
     ) -> None:
+        """``turn`` is shared by a process's claimers: one claims at a time, so that many queues need few connections."""
         worker = queue.worker_function
         assert worker is not None
         self.queue = queue
@@ -49,6 +51,7 @@ class QueueWorker:
         self._store = store
         self._runtime = runtime
         self._settler = settler
+        self._turn = turn
         self.claim_failed = False
         self.claimer = Claimer(
             queue.name,
@@ -104,7 +107,7 @@ class QueueWorker:
         # A claim that a crash of the server forgets is made again; without retries it must not run twice.
         durably = self.info.retry_limit == 0
         try:
-            async with self._pool.connection() as connection:
+            async with self._turn, self._pool.connection() as connection:
                 return await self._store.claim(
                     connection, self.queue.name, how_many, self._runtime, floors=floors, durably=durably
                 )
@@ -113,5 +116,5 @@ class QueueWorker:
             raise
 
     async def _next_due(self) -> tuple[float | None, float]:
-        async with self._pool.connection() as connection:
+        async with self._turn, self._pool.connection() as connection:
             return await self._store.next_due(connection, self.info.number)

@@ -1,0 +1,286 @@
+"""The parts that need no database: demand, floor, bell, batcher, codec, options, plan, backoff."""
+
+from __future__ import annotations
+
+import json
+import random
+from datetime import UTC, datetime, timedelta
+
+import attrs
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+import notifyq
+from notifyq import InvalidData, InvalidOption, Queue, SchemaMismatch, _schema
+from notifyq._backoff import BASE, CAP, reconnect_delay
+from notifyq._batcher import Batcher
+from notifyq._bell import Bell
+from notifyq._claimer import Floor, demand
+from notifyq._codec import decode, encode, to_json
+from notifyq._models import Claimed
+from notifyq._schema import Installed, SqlFile, plan
+from notifyq._sql import send_parameters, send_statement
+
+HANDS = st.integers(0, 5000)
+
+
+@given(st.integers(1, 10_000), HANDS, HANDS, st.floats(0, 1e6))
+def test_demand_never_exceeds_the_slots_and_100_ms_of_work(capacity, running, buffered, per_second):
+    how_many = demand(capacity, running, buffered, per_second)
+    assert 0 <= how_many <= capacity + min(2000, per_second * 0.1)
+    if buffered == 0 and running < capacity:
+        assert how_many >= capacity - running
+
+
+def test_long_jobs_are_not_hoarded():
+    assert demand(10, 10, 0, 2.0) == 0
+    assert demand(10, 4, 0, 2.0) == 6
+
+
+def claimed(number: int, priority: int = 0) -> Claimed:
+    return Claimed(number, 1, number, priority, 0, 1.0, datetime.now(UTC), None, None, None)
+
+
+def test_the_floor_trails_the_head_by_a_second_and_a_ring_lowers_it():
+    floor = Floor()
+    floor.claimed([claimed(10), claimed(20)], now=100.0)
+    assert floor.numbers == {0: 10}
+    floor.claimed([claimed(21), claimed(30)], now=101.0)
+    assert floor.numbers == {0: 20}
+    floor.lower(0, 5)
+    floor.lower(3, 7)
+    floor.lower(0, 40)
+    assert floor.numbers == {0: 5, 3: 7}
+
+
+async def test_a_ring_while_nobody_waits_is_kept_and_many_are_one(autojump_clock):
+    bell = Bell()
+    bell.ring()
+    bell.ring()
+    await bell.wait()
+    bell.clear()
+    with trio.move_on_after(1) as patience:
+        await bell.wait()
+    assert patience.cancelled_caught
+
+
+async def test_the_batcher_batches_what_arrives_during_a_flush_and_loses_nothing_when_cancelled(autojump_clock):
+    flushed: list[list[int]] = []
+
+    async def flush(items: list[int]) -> None:
+        await trio.sleep(1)
+        flushed.append(items)
+
+    batcher: Batcher[int] = Batcher(flush, limit=3)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(batcher.run)
+        batcher.put(0)
+        await trio.sleep(0.5)
+        for number in range(1, 6):
+            batcher.put(number)
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert flushed == [[0]]
+    await batcher.close()
+    assert flushed == [[0], [1, 2, 3], [4, 5]]
+    assert batcher.backlog == 0
+
+
+@given(st.integers(1, 10_000), st.integers())
+def test_reconnect_delay_lies_within_its_documented_bounds(failures, seed):
+    ceiling = min(CAP, BASE * 2.0 ** min(failures - 1, 60))
+    assert ceiling / 2 <= reconnect_delay(failures, random.Random(seed)) <= ceiling
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_what_json_takes_comes_back_equal_and_the_rest_is_refused(value):
+    try:
+        text = to_json(value)
+    except InvalidData:
+        plain = json.dumps(value)
+        assert "\\u0000" in plain or "\\ud" in plain
+    else:
+        assert json.loads(text) == value
+        assert "\x00" not in text
+
+
+@attrs.frozen
+class Inner:
+    when: datetime
+    tags: list[str]
+
+
+@attrs.frozen
+class Outer:
+    inner: Inner
+    n: int = 0
+
+
+def test_typed_data_comes_back_as_it_was():
+    value = Outer(Inner(datetime(2026, 1, 2, tzinfo=UTC), ["a"]), 3)
+    assert decode(encode(value, Outer), Outer) == value
+
+
+def test_data_that_does_not_fit_names_every_place():
+    with pytest.raises(InvalidData) as caught:
+        decode('{"inner": {"when": "never", "tags": ["a", {}]}, "n": "x"}', Outer)
+    text = str(caught.value)
+    assert "@ $.inner.when" in text
+    assert "@ $.n" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "type_", "message"),
+    [
+        (float("nan"), float, "not JSON"),
+        ("a\x00b", str, "NUL"),
+        ({"a": ["\x00"]}, dict, "NUL"),
+        ("\ud800", str, "surrogates"),
+        (b"bytes", dict, "expected dict, not bytes"),
+        (True, int, "expected int, not bool"),
+        ("1", int, "expected int, not str"),
+        ([1, "x"], list[int], "@ $"),
+        ({"n": 1}, Outer, "Outer"),
+    ],
+)
+def test_bad_data_is_refused_when_sent(value, type_, message):
+    with pytest.raises(InvalidData, match=message.replace("$", r"\$")) as caught:
+        Queue("q", type_).encode(value)
+    assert "queue 'q'" in str(caught.value)
+
+
+def test_deep_and_circular_data_is_refused():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    circle: list = []
+    circle.append(circle)
+    for value in (deep, circle):
+        with pytest.raises(InvalidData):
+            to_json(value)
+
+
+def test_backslashes_before_u0000_are_not_nul():
+    assert json.loads(to_json("\\u0000")) == "\\u0000"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delay": datetime(2026, 1, 1)}, "aware"),
+        ({"delay": "soon"}, "delay"),
+        ({"delay": float("inf")}, "delay"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": 10**6}, "priority"),
+        ({"headers": []}, "headers"),
+        ({"id_key": 3}, "id_key"),
+        ({"retry_backoff": "yes"}, "retry_backoff"),
+        ({"start_after": 5}, "delay takes"),
+        ({"visibility_timeout": 5}, "lease"),
+        ({"dealy": 5}, "has no option 'dealy'"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name_with_the_fix(options, message):
+    with pytest.raises(InvalidOption, match=message):
+        Queue("q").statement(None, **options)
+
+
+def test_a_statement_for_any_connection():
+    sql, parameters = Queue("q", int).statement(5, delay=timedelta(minutes=1), schema="jobs")
+    assert sql.startswith('select * from "jobs"."send"(%s::text, %s::jsonb')
+    assert parameters[:4] == ("q", "5", None, "60.0 s")
+    with pytest.raises(InvalidOption, match="lower-case"):
+        Queue("q").statement(1, schema='x"; drop')
+
+
+def test_parameters_and_statement_agree():
+    assert send_statement("notifyq", "try_send").count("%s") == len(send_parameters("q", "1", {}))
+    assert len(send_parameters("q", "1", {"priority": 1})) == len(send_parameters("q", "1", {}))
+
+
+@pytest.mark.parametrize("name", ["", "a" * 101, "sp ace", "ünder", "semi;", "a\n", 5])
+def test_a_bad_queue_name_is_refused_with_the_rule(name):
+    with pytest.raises(InvalidOption, match="1 to 100 letters"):
+        Queue(name)
+
+
+def test_a_type_that_json_cannot_hold_is_refused_at_declaration():
+    with pytest.raises(InvalidData, match="queue 'q'"):
+        Queue("q", type("Odd", (), {"__init__": lambda self, x: None}))
+
+
+def good(job):
+    return None
+
+
+async def generator(job):
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda q: q.worker(generator), "must be an async def or a plain function"),
+        (lambda q: q.worker(5), "must be an async def"),
+        (lambda q: q.worker(lambda: None), "must take one argument"),
+        (lambda q: q.worker(name="x"), "known by its queue"),
+        (lambda q: q.worker(visibility_timeout=5), "lease"),
+        (lambda q: q.worker(lock_duration=5), "lease"),
+        (lambda q: q.worker(batch_size=5), "batch_worker"),
+        (lambda q: q.worker(concurrency=0)(good), "concurrency must be"),
+        (lambda q: q.worker(poll_interval=0)(good), "poll_interval must be above zero"),
+        (lambda q: q.batch_worker(batch_size=5)(good), "batch worker must be an async def"),
+        (lambda q: q.batch_worker(batch_size=5, name="x"), "known by its queue"),
+        (lambda q: (q.worker(good), q.worker(good)), "is registered on it already"),
+    ],
+)
+def test_a_bad_registration_is_refused_with_the_fix(register, message):
+    with pytest.raises(InvalidOption, match=message):
+        register(Queue("q"))
+
+
+def test_a_runtime_refuses_what_it_cannot_run():
+    working = Queue("w")
+    working.worker(good)
+    for queues, options, message in (
+        ([], {}, "at least one queue"),
+        ([Queue("q")], {}, "has no worker"),
+        ([working, working], {}, "given twice"),
+        ([working], {"lease": 0.1}, "lease must be"),
+        ([working], {"grace": -1}, "grace must be"),
+        ([working], {"schema": "Bad"}, "lower-case"),
+    ):
+        with pytest.raises(InvalidOption, match=message):
+            notifyq.Runtime(queues, **options)
+
+
+FILES = [SqlFile("migrations/0001_a.sql", "", "h1"), SqlFile("functions/10_b.sql", "", "h2")]
+NOW = _schema._parsed(_schema.VERSION)
+
+
+def test_the_plan_runs_what_is_missing_and_refuses_what_is_newer():
+    both = {"migrations/0001_a.sql": "h1", "functions/10_b.sql": "h2"}
+    assert plan(None, FILES) == FILES
+    assert plan(Installed(both, NOW), FILES) == []
+    assert plan(Installed({**both, "functions/10_b.sql": "old"}, NOW), FILES) == FILES[1:]
+    assert plan(Installed({**both, "functions/10_b.sql": "new"}, (99, 0, 0)), FILES) == []
+    with pytest.raises(SchemaMismatch, match=r"newer than notifyq .*0002_c"):
+        plan(Installed({**both, "migrations/0002_c.sql": "h3"}, NOW), FILES)
+    with pytest.raises(SchemaMismatch, match="another migrations/0001_a"):
+        plan(Installed({**both, "migrations/0001_a.sql": "edited"}, NOW), FILES)
+
+
+def test_a_schema_of_another_name_has_no_trace_of_the_first():
+    assert all("notifyq" not in file.text for file in _schema.load("other"))
