@@ -306,9 +306,9 @@ class Client:
         return record.output
 
     async def _wait_finished(self, job_id: int, queue: int) -> JobRecord:
-        waiters = self._waiters.setdefault(job_id, set())
         while True:
             announced = trio.Event()
+            waiters = self._waiters.setdefault(job_id, set())
             waiters.add(announced)
             try:
                 await self._wait_settles(queue)
@@ -320,9 +320,7 @@ class Client:
             finally:
                 waiters.discard(announced)
                 if not waiters:
-                    self._waiters.pop(job_id, None)
-                else:
-                    self._waiters[job_id] = waiters
+                    del self._waiters[job_id]
 
     async def _wait_settles(self, queue: int) -> None:
         """Wait until no settle is under way that began before we held interest: those announce nothing."""
