@@ -215,7 +215,8 @@ class Executor:
                     error = raised
         finally:
             for job in jobs:
-                self._runs.pop(job.id, None)
+                if self._runs.get(job.id) is run:  # and not a later attempt's
+                    del self._runs[job.id]
             self._ended.unpark_all()
         if run.scope.cancel_called:
             # Also when it returned nevertheless: a result that comes after the end was decided is refused.

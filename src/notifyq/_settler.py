@@ -73,18 +73,23 @@ class Settler:
         await self._batcher.close()
 
     async def _flush(self, entries: list[Entry]) -> None:
-        failures = 0
         for kind in (Completed, Failed, Snoozed, Discarded, Released):
-            some = sorted((entry for entry in entries if type(entry[0]) is kind), key=lambda entry: entry[0].job_id)
-            while some:
-                try:
-                    async with self._pool.connection() as connection:
-                        await self._write(connection, some)
-                except ConnectionLost:
-                    failures += 1
-                    await trio.sleep(reconnect_delay(failures, self._random))
-                else:
-                    break
+            left = sorted((entry for entry in entries if type(entry[0]) is kind), key=lambda entry: entry[0].job_id)
+            while left:
+                # Two attempts of one job, the earlier one lost: in two writes, so that the answers can be told apart.
+                once = {entry[0].job_id: entry for entry in reversed(left)}
+                await self._write_until_taken(list(reversed(once.values())))
+                left = [entry for entry in left if once[entry[0].job_id] is not entry]
+
+    async def _write_until_taken(self, entries: list[Entry]) -> None:
+        failures = 0
+        while True:
+            try:
+                async with self._pool.connection() as connection:
+                    return await self._write(connection, entries)
+            except ConnectionLost:
+                failures += 1
+                await trio.sleep(reconnect_delay(failures, self._random))
 
     async def _write(self, connection: TrioConnection, entries: list[Entry]) -> None:
         """Write outcomes of one kind. On an error of the data: one by one, to find the one at fault."""
