@@ -180,7 +180,7 @@ async def test_aged_jobs_become_due(nq, dsn):
     assert await testing.run_waiting([queue], dsn=dsn) == {"completed": 1}
 
 
-async def test_an_idle_runtime_of_ten_queues_holds_three_connections_and_hardly_asks(start, connection, other):
+async def test_an_idle_runtime_of_ten_queues_holds_at_most_three_connections(start, connection, other):
     queues = []
     for number in range(10):
         queue = Queue(f"q{number}", int, int)

@@ -19,6 +19,7 @@ BARE_SEND: LiteralString = "insert into bare (sent) values (%s)"
 BARE_CLAIM: LiteralString = (
     "delete from bare where id = (select id from bare order by id limit 1 for update skip locked) returning sent"
 )
+SEND_ALL: LiteralString = "select count(*) from notifyq.send_many('bench.drain', %s::jsonb)"
 UNFINISHED: LiteralString = (
     "select exists (select from notifyq.ready) or exists (select from notifyq.active)"
     " or exists (select from notifyq.scheduled)"

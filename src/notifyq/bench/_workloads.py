@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import psycopg
 
-from ._sql import BARE_SETUP, CLEAR, PICKUPS, UNFINISHED
+from ._sql import BARE_SETUP, CLEAR, PICKUPS, SEND_ALL, UNFINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ def drain(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
         for _ in range(settings.processes):
             stack.enter_context(Role("work", settings.dsn, settings.concurrency))
         data = json.dumps([{"data": number} for number in range(settings.jobs)])
-        connection.execute("select count(*) from notifyq.send_many('bench.drain', %s::jsonb)", (data,))
+        connection.execute(SEND_ALL, (data,))
         started = time.perf_counter()
         while connection.execute(UNFINISHED).fetchone() == (True,):
             time.sleep(0.01)
