@@ -60,6 +60,7 @@ returns table (
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
@@ -67,7 +68,9 @@ set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
-    q notifyq.queue := notifyq.queue_named(claim.queue);
+    n int;
+    live boolean;
+    due boolean;
     jobs bigint[] := '{}';
     numbers bigint[] := '{}';
     attempts int[] := '{}';
@@ -85,20 +88,28 @@ begin
     if claim.lease <= '0' then
         raise exception 'lease must be above zero, not %', claim.lease using errcode = 'NQ003';
     end if;
-    if claim.runtime is not null then
-        perform from notifyq.runtime r
-        where r.id = claim.runtime
-        and r.lease_until > clock_timestamp()
-        and not r.stopping
-        for key share;
-        if not found then
-            raise exception 'runtime % has no live lease', claim.runtime
-            using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
-        end if;
+    select
+        q.number,
+        claim.runtime is null or exists (
+            select from notifyq.runtime r
+            where r.id = claim.runtime
+            and r.lease_until > clock_timestamp()
+            and not r.stopping
+            for key share
+        ),
+        exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= clock_timestamp())
+    into n, live, due
+    from notifyq.queue q
+    where q.name = claim.queue;
+    if not found then
+        perform notifyq.queue_named(claim.queue);
     end if;
-
-    if exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= clock_timestamp()) then
-        perform notifyq.promote(q.number);
+    if not live then
+        raise exception 'runtime % has no live lease', claim.runtime
+        using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
+    end if;
+    if due then
+        perform notifyq.promote(n);
     end if;
 
     if claim.floors is null then
@@ -107,7 +118,7 @@ begin
             where r.ctid = any (array(
                 select t.ctid
                 from notifyq.ready t
-                where t.queue = q.number
+                where t.queue = n
                 order by t.priority desc, t.number
                 limit claim.how_many
                 for update skip locked
@@ -125,7 +136,7 @@ begin
                 where r.ctid = any (array(
                     select t.ctid
                     from notifyq.ready t
-                    where t.queue = q.number
+                    where t.queue = n
                     and t.priority = claim.priorities[i]
                     and t.number >= claim.floors[i]
                     order by t.priority desc, t.number
@@ -155,7 +166,7 @@ begin
         join notifyq.job j on j.id = t.job
     ), active as (
         insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
-        select c.id, q.number, c.attempt, c.number, claim.runtime, clock_timestamp(),
+        select c.id, n, c.attempt, c.number, claim.runtime, clock_timestamp(),
             clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
         from claimed c
     )
