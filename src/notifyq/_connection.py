@@ -41,6 +41,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         self.lock = _Lock()  # type: ignore[assignment]
         self._opened = opened
         self._autocommit = True
+        self.prepare_threshold = opened.prepare_threshold
         self.cancel_grace = CANCEL_GRACE
 
     async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:

@@ -40,9 +40,17 @@ class PoolStatistics:
     """Tasks that wait for one."""
 
 
+PREPARE_AFTER = 2
+"""Executions of a statement after which it is prepared: its calls then skip parsing and planning."""
+
+
 def _prepare(connection: psycopg.Connection[Any]) -> None:
     # claim() is exact in READ COMMITTED only; a role or database may default to another level.
     connection.execute("set default_transaction_isolation = 'read committed'")
+    # A pooler in between gives its own process number, and may give each transaction to another server process,
+    # which knows nothing of what was prepared.
+    answer = connection.execute("select pg_backend_pid()").fetchone()
+    connection.prepare_threshold = PREPARE_AFTER if answer == (connection.info.backend_pid,) else None
 
 
 class Pool:
