@@ -21,8 +21,9 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the waiter, now or when it comes to wait."""
-        self._rung = True
-        self._lot.unpark_all()
+        if not self._rung:  # else nobody is parked
+            self._rung = True
+            self._lot.unpark_all()
 
     def clear(self) -> None:
         """Forget past rings."""

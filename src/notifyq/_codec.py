@@ -19,10 +19,14 @@ _converter.register_unstructure_hook(UUID, str)
 _converter.register_structure_hook(UUID, lambda value, _: value if isinstance(value, UUID) else UUID(value))
 
 
+# Made once: json.dumps() makes an encoder for every call that has options.
+_write = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def to_json(value: Any) -> str:
     """Write plain JSON data as text that jsonb takes. Raises ``InvalidData`` for NaN, infinities, NUL, lone surrogates."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _write(value)
         text.encode()
     except UnicodeEncodeError:
         raise InvalidData("text with lone surrogates cannot be stored: replace or remove them") from None

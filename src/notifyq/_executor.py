@@ -217,7 +217,8 @@ class Executor:
             for job in jobs:
                 if self._runs.get(job.id) is run:  # and not a later attempt's
                     del self._runs[job.id]
-            self._ended.unpark_all()
+            if self._ended:
+                self._ended.unpark_all()
         if run.scope.cancel_called:
             # Also when it returned nevertheless: a result that comes after the end was decided is refused.
             interrupted = run.scope.cancelled_caught or trio.current_time() >= run.scope.deadline
