@@ -15,14 +15,26 @@ as $$
     select (somebody_may_come.queue).bell <> 'never'
 $$;
 
+-- Not SECURITY DEFINER: it runs as whoever may insert a ticket, which for a producer is send().
 create or replace function notifyq.ring_ready() returns trigger
-language plpgsql security definer
-set search_path = pg_catalog, pg_temp
+language plpgsql
 as $$
 declare
-    rang jsonb := coalesce(nullif(current_setting('notifyq.rang_ready', true), ''), '{}')::jsonb;
+    rang text := coalesce(current_setting('notifyq.rang_ready', true), '');
     ticket record;
 begin
+    -- Each query in here costs a single send as much as an index: the usual case, all tickets of
+    -- one queue and priority, has two, and assignments are evaluated without one.
+    select min(t.queue) as queue, max(t.queue) as last_queue, min(t.priority) as priority, max(t.priority) as highest, min(t.number) as number
+    into ticket
+    from inserted t;
+    if rang = '' and ticket.queue = ticket.last_queue and ticket.priority = ticket.highest then
+        if exists (select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_may_come(q)) then
+            rang := set_config('notifyq.rang_ready', '{"' || ticket.queue || '":' || ticket.priority || '}', true)
+                || pg_notify(notifyq.channel(ticket.queue), 'r:' || ticket.priority || ':' || ticket.number);
+        end if;
+        return null;
+    end if;
     for ticket in
         select q.number as queue, t.priority, min(t.number) as number
         from inserted t
@@ -31,9 +43,9 @@ begin
         group by q.number, t.priority
         order by q.number, t.priority desc
     loop
-        if coalesce((rang ->> ticket.queue::text)::int < ticket.priority, true) then
-            rang := rang || jsonb_build_object(ticket.queue, ticket.priority);
-            perform set_config('notifyq.rang_ready', rang::text, true);
+        if coalesce((nullif(rang, '')::jsonb ->> ticket.queue::text)::int < ticket.priority, true) then
+            rang := set_config('notifyq.rang_ready',
+                (coalesce(nullif(rang, ''), '{}')::jsonb || jsonb_build_object(ticket.queue, ticket.priority))::text, true);
             perform pg_notify(notifyq.channel(ticket.queue), 'r:' || ticket.priority || ':' || ticket.number);
         end if;
     end loop;

@@ -125,10 +125,9 @@ begin
             ))
             returning r.job, r.number, r.attempt, r.priority
         )
-        select array_agg(g.job order by g.priority desc, g.number), array_agg(g.number order by g.priority desc, g.number),
-            array_agg(g.attempt order by g.priority desc, g.number)
+        select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
         into jobs, numbers, attempts
-        from gone g;
+        from (select * from gone order by priority desc, number) g;
     else
         for i in 1 .. cardinality(claim.floors) loop
             with gone as (
@@ -145,9 +144,9 @@ begin
                 ))
                 returning r.job, r.number, r.attempt
             )
-            select array_agg(g.job order by g.number), array_agg(g.number order by g.number), array_agg(g.attempt order by g.number)
+            select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
             into more_jobs, more_numbers, more_attempts
-            from gone g;
+            from (select * from gone order by number) g;
             jobs := jobs || more_jobs;
             numbers := numbers || more_numbers;
             attempts := attempts || more_attempts;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 import psycopg
@@ -148,16 +149,14 @@ class Client:
         """Refuse further calls."""
         self._closed = True
 
-    @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[TrioConnection]:
-        """Lend a pooled psycopg connection, in autocommit. It must not leave the block.
+    def connection(self) -> AbstractAsyncContextManager[TrioConnection]:
+        """Lend a pooled psycopg connection for an ``async with`` block, in autocommit. It must not leave the block.
 
-        Raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
+        Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
         """
         if self._closed:
             raise ClientClosed("this client is closed")
-        async with self._pool.connection() as connection:
-            yield connection
+        return self._pool.connection()
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[TrioConnection]:
@@ -165,13 +164,8 @@ class Client:
         async with self.connection() as connection, connection.transaction():
             yield connection
 
-    @contextlib.asynccontextmanager
-    async def _on(self, connection: TrioConnection | None) -> AsyncIterator[TrioConnection]:
-        if connection is not None:
-            yield connection
-        else:
-            async with self.connection() as own:
-                yield own
+    def _on(self, connection: TrioConnection | None) -> AbstractAsyncContextManager[TrioConnection]:
+        return self.connection() if connection is None else nullcontext(connection)
 
     # queues
 

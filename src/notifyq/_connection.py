@@ -12,21 +12,30 @@ afterwards; where that does not work within ``CANCEL_GRACE`` it is closed. Nobod
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import trio
-from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
+from psycopg import generators, pq
+from psycopg.adapt import Transformer
+from psycopg.errors import error_from_result
+from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import dict_row, tuple_row
 from psycopg.waiting import Ready, Wait
 
+from ._lock import QuickLock
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import AsyncIterator, Callable, Generator, Sequence
 
 T = TypeVar("T")
 
-__all__ = ["CANCEL_GRACE", "TrioConnection", "open_connection", "run_abandonable"]
+__all__ = ["CANCEL_GRACE", "PARAMETERS", "TrioConnection", "open_connection", "run_abandonable"]
+
+PARAMETERS = {"autocommit": True, "client_encoding": "utf8"}
+"""How every connection is opened: ``fetch()`` writes its parameters in UTF-8, whatever the database's encoding is."""
 
 CANCEL_GRACE = 5.0
 """Seconds the server gets to end a cancelled query before its connection is closed."""
@@ -38,11 +47,13 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def __init__(self, opened: psycopg.Connection[Any]) -> None:
         """Drive the connection that ``opened`` (blocking, in autocommit) has opened."""
         super().__init__(opened.pgconn, row_factory=tuple_row)
-        self.lock = _Lock()  # type: ignore[assignment]
+        self.lock = QuickLock()  # type: ignore[assignment]
         self._opened = opened
         self._autocommit = True
         self.prepare_threshold = opened.prepare_threshold
         self.cancel_grace = CANCEL_GRACE
+        self._statements: dict[str, _Statement] = {}
+        self._numbers = itertools.count(1)
 
     async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:
         """Run a protocol generator to its end. Cancelled: the query is cancelled and drained, or the connection closed."""
@@ -54,6 +65,41 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             if self.pgconn.status == ConnStatus.OK and self.pgconn.transaction_status == TransactionStatus.ACTIVE:
                 await self._end_query(step)
             raise
+
+    async def fetch(self, statement: str, parameters: Sequence[str | None] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement with ``$1``-style parameters, given as PostgreSQL's text, and return its rows.
+
+        A cursor's work for every execution (placeholders, dumpers, the look-up of what is prepared) costs more than the
+        round trip when the process was asleep. Here it is done once for a statement: from its second execution on it
+        is prepared, unless ``prepare_threshold`` is None. Raises psycopg's errors; cancelled as any query is.
+        """
+        if self._pipeline is not None or not self._autocommit:  # the caller's: psycopg keeps the books
+            cursor = psycopg.AsyncRawCursor(self)
+            await cursor.execute(statement.encode(), parameters)
+            return await cursor.fetchall()
+        values = [None if parameter is None else parameter.encode() for parameter in parameters]
+        async with self.lock:
+            known = self._statements.get(statement)
+            if known is None:
+                known = self._statements[statement] = _Statement(Transformer(self))
+            elif known.name is None and self.prepare_threshold is not None:
+                name = b"notifyq_%d" % next(self._numbers)
+                self.pgconn.send_prepare(name, statement.encode())
+                await self._result()
+                known.name = name
+            if known.name is None:
+                self.pgconn.send_query_params(statement.encode(), values)
+            else:
+                self.pgconn.send_query_prepared(known.name, values)
+            result = await self._result()
+            return known.load(result)
+
+    async def _result(self) -> pq.abc.PGresult:
+        """The result of the one statement that was sent."""
+        [result] = await self.wait(generators.execute(self.pgconn))
+        if result.status == ExecStatus.FATAL_ERROR:
+            raise error_from_result(result, encoding="utf-8")
+        return result  # type: ignore[no-any-return]
 
     async def _end_query(self, step: _Step) -> None:
         if self.pgconn.pipeline_status == PipelineStatus.OFF:
@@ -133,20 +179,21 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         return self.cursor(row_factory=dict_row)
 
 
-class _Lock:
-    """A lock that costs no trip through the scheduler when it is free: ``wait()`` is the checkpoint."""
+class _Statement:
+    """What a connection remembers of a statement: the name it is prepared under, and how its columns are read."""
 
-    def __init__(self) -> None:
-        self._lock = trio.Lock()
+    def __init__(self, transformer: psycopg.abc.Transformer) -> None:
+        self.name: bytes | None = None
+        self._transformer = transformer
+        self._fresh = True
 
-    async def __aenter__(self) -> None:
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._lock.acquire()
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
+    def load(self, result: pq.abc.PGresult) -> list[tuple[Any, ...]]:
+        # Loaders are kept once it is prepared: the server refuses to run it when its columns have changed.
+        self._transformer.set_pgresult(result, set_loaders=self._fresh)
+        self._fresh = self.name is None
+        rows = self._transformer.load_rows(0, result.ntuples, tuple)
+        self._transformer.set_pgresult(None, set_loaders=False)  # a large result is not held until the next one
+        return rows
 
 
 class _Step:
@@ -228,6 +275,6 @@ async def open_connection(dsn: str, **parameters: Any) -> TrioConnection:
     """Open a connection in autocommit. Raises ``psycopg.OperationalError``; cancelled, it closes what it opened."""
 
     def connect() -> psycopg.Connection[Any]:
-        return psycopg.connect(dsn, autocommit=True, **parameters)
+        return psycopg.connect(dsn, **{**PARAMETERS, **parameters})
 
     return TrioConnection(await run_abandonable(connect, lambda opened: opened.close()))

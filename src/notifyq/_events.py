@@ -129,14 +129,19 @@ class Events:
 
     def __init__(self) -> None:
         self._subscribers: list[tuple[Callable[[Event], object], tuple[type[Event], ...]]] = []
+        self._wanted: dict[type[Event], bool] = {}
 
     def subscribe(self, subscriber: Callable[[Event], object], *kinds: type[Event]) -> None:
         """Call ``subscriber`` with every event of these kinds (none given: every event)."""
         self._subscribers.append((subscriber, kinds or (Event,)))
+        self._wanted.clear()
 
     def wants(self, kind: type[Event]) -> bool:
         """Whether anybody listens to this kind: what nobody hears need not be made."""
-        return any(issubclass(kind, kinds) for _, kinds in self._subscribers)
+        wanted = self._wanted.get(kind)
+        if wanted is None:
+            wanted = self._wanted[kind] = any(issubclass(kind, kinds) for _, kinds in self._subscribers)
+        return wanted
 
     def emit(self, event: Event) -> None:
         """Tell everybody who subscribed to its kind."""

@@ -180,7 +180,8 @@ class Listener:
                 self._calls.popleft()
             with trio.CancelScope() as self._waiting:
                 try:
-                    await connection.wait_input()
+                    while not self._calls:
+                        await connection.wait_input()
                 finally:
                     self._waiting = None
 

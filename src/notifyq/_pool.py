@@ -6,7 +6,7 @@ side, for the next borrower, and go back to psycopg's pool only when unused for 
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,12 +14,11 @@ import attrs
 import psycopg_pool
 import trio
 
-from ._connection import TrioConnection, run_abandonable
+from ._connection import PARAMETERS, TrioConnection, run_abandonable
 from ._errors import ClientClosed, ConnectionLost
+from ._lock import QuickLock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     import psycopg
 
 __all__ = ["Pool", "PoolStatistics"]
@@ -62,7 +61,7 @@ class Pool:
         """Prepare a pool; nothing is opened yet. ``connect_timeout``: seconds a borrower waits for a connection."""
         self._opener = psycopg_pool.ConnectionPool(
             dsn,
-            kwargs={"autocommit": True, "prepare_threshold": None, **(parameters or {})},
+            kwargs={**PARAMETERS, "prepare_threshold": None, **(parameters or {})},
             min_size=0,
             max_size=size,
             max_idle=IDLE_RETURN,
@@ -72,7 +71,7 @@ class Pool:
             name="notifyq",
         )
         self._size = size
-        self._permits = trio.Semaphore(size, max_value=size)
+        self._permits = QuickLock(size)
         self._resting: list[tuple[float, psycopg.Connection[Any]]] = []
         self._views: WeakKeyDictionary[psycopg.Connection[Any], TrioConnection] = WeakKeyDictionary()
         self._closed = True
@@ -90,34 +89,27 @@ class Pool:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._opener.close)
 
-    @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[TrioConnection]:
-        """Lend a connection, in autocommit and READ COMMITTED.
+    def connection(self) -> AbstractAsyncContextManager[TrioConnection]:
+        """Lend a connection for an ``async with`` block, in autocommit and READ COMMITTED.
 
         What the borrower leaves open is rolled back; a connection that broke, or whose query could not be ended, is
-        closed and replaced. Raises ``ConnectionLost`` when none can be had in time.
+        closed and replaced. Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
         """
-        if self._closed:
-            raise ClientClosed("this client is closed")
-        try:
-            self._permits.acquire_nowait()
-        except trio.WouldBlock:
-            await self._permits.acquire()
-        try:
-            opened = await self._borrow()
-            view = self._views.get(opened)
-            if view is None:
-                view = self._views[opened] = TrioConnection(opened)
-            try:
-                yield view
-            finally:
-                if await view.settle() and not self._closed:
-                    self._resting.append((trio.current_time(), opened))
-                else:
-                    self._opener.putconn(opened)
-                self._return_unused()
-        finally:
-            self._permits.release()
+        return _Loan(self)
+
+    async def _lend(self) -> tuple[psycopg.Connection[Any], TrioConnection]:
+        opened = await self._borrow()
+        view = self._views.get(opened)
+        if view is None:
+            view = self._views[opened] = TrioConnection(opened)
+        return opened, view
+
+    async def _take_back(self, opened: psycopg.Connection[Any], view: TrioConnection) -> None:
+        if await view.settle() and not self._closed:
+            self._resting.append((trio.current_time(), opened))
+        else:
+            self._opener.putconn(opened)
+        self._return_unused()
 
     async def _borrow(self) -> psycopg.Connection[Any]:
         while self._resting:
@@ -138,6 +130,30 @@ class Pool:
         """Say how many connections are in use."""
         return PoolStatistics(
             size=self._size,
-            on_loan=self._size - self._permits.value,
-            waiting=self._permits.statistics().tasks_waiting,
+            on_loan=self._permits.held,
+            waiting=self._permits.waiting,
         )
+
+
+class _Loan(AbstractAsyncContextManager[TrioConnection]):
+    """A class, not a generator: it is entered twice for every job of an idle runtime."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def __aenter__(self) -> TrioConnection:
+        if self._pool._closed:
+            raise ClientClosed("this client is closed")
+        await self._pool._permits.__aenter__()
+        try:
+            self._opened, self._view = await self._pool._lend()
+        except BaseException:
+            await self._pool._permits.__aexit__()
+            raise
+        return self._view
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self._pool._take_back(self._opened, self._view)
+        finally:
+            await self._pool._permits.__aexit__()

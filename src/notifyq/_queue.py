@@ -136,7 +136,7 @@ class Queue(Generic[In, Out]):
         ``InvalidData`` and ``InvalidOption``.
         """
         return (
-            send_statement(check_schema_name(schema), "send"),
+            send_statement(check_schema_name(schema)),
             send_parameters(self.name, self.encode(data), options),
         )
 

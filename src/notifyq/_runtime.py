@@ -20,6 +20,7 @@ from ._codec import to_json
 from ._errors import ConnectionLost, InvalidOption, LeaseLost
 from ._events import Events, RuntimeStarted, RuntimeStopped
 from ._listener import Listener
+from ._lock import QuickLock
 from ._maintenance import Maintenance
 from ._models import Released
 from ._pool import Pool
@@ -162,7 +163,7 @@ class _Session:
         self._workers: list[QueueWorker] = []
         self._strays: set[tuple[int, int]] = set()
         self._grace = trio.CancelScope()
-        self._turn = trio.Semaphore(1)
+        self._turn = QuickLock()
         self.client = Client(pool, store, listener, None)
 
     async def begin(self, queues: list[Queue[Any, Any]], middleware: Sequence[Middleware], *, declare: bool) -> None:

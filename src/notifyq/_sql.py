@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
+    "as_ours",
     "check_options",
     "check_schema_name",
     "is_connection_loss",
     "many_entry",
     "seconds",
+    "send_call",
     "send_parameters",
     "send_statement",
     "translated",
@@ -138,7 +140,7 @@ def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def send_parameters(queue: str, data: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The parameters of ``send_statement``. ``data`` is JSON text. Raises ``InvalidOption``."""
+    """The parameters of ``send_call`` and ``send_statement``. ``data`` is JSON text. Raises ``InvalidOption``."""
     if not options:
         return (queue, None if data == "null" else data, *_NO_OPTIONS)
     plain = _plain_options(options)
@@ -162,17 +164,16 @@ def many_entry(data: str, options: Mapping[str, Any]) -> str:
     return f'{{"data":{data},{to_json(_plain_options(options))[1:]}'
 
 
+def send_call(function: str, placeholder: str) -> str:
+    """A call of ``send`` or ``try_send`` with all its parameters; ``{}`` in ``placeholder`` is a parameter's number."""
+    casts = (f"{placeholder.format(number)}::{cast}" for number, cast in enumerate(_CASTS.values(), 1))
+    return f"select * from {function}({', '.join(casts)})"  # noqa: S608 - names and casts of our own
+
+
 @lru_cache(maxsize=64)
-def send_statement(schema: str, function: str) -> str:
-    """The text of a call of ``send`` or ``try_send``, its parameters in psycopg's positional style."""
-    return (
-        sql.SQL("select * from {}({})")
-        .format(
-            sql.Identifier(schema, function),
-            sql.SQL(", ").join(sql.SQL(f"%s::{cast}") for cast in _CASTS.values()),
-        )
-        .as_string(None)
-    )
+def send_statement(schema: str) -> str:
+    """A call of ``send`` in a schema, its parameters in the style of psycopg's cursors."""
+    return send_call(sql.Identifier(schema, "send").as_string(None), "%s")
 
 
 _ERRORS: dict[str, type[NotifyqError]] = {
@@ -196,12 +197,20 @@ def translated() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        kind = _ERRORS.get(error.sqlstate or "")
-        if kind is not None:
-            raise kind(_message(error, kind)) from error
-        if is_connection_loss(error):
-            raise ConnectionLost(f"the connection to the server broke: {_first_line(error)}") from error
-        raise
+        ours = as_ours(error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def as_ours(error: psycopg.Error) -> NotifyqError | None:
+    """The error of ours that means the same as this one of psycopg's, or None."""
+    kind = _ERRORS.get(error.sqlstate or "")
+    if kind is not None:
+        return kind(_message(error, kind))
+    if is_connection_loss(error):
+        return ConnectionLost(f"the connection to the server broke: {_first_line(error)}")
+    return None
 
 
 def is_connection_loss(error: psycopg.Error) -> bool:

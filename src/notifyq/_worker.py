@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -12,12 +11,12 @@ from ._executor import Executor
 from ._models import Released
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
     from uuid import UUID
 
-    from ._connection import TrioConnection
     from ._events import Events
     from ._executor import Middleware
+    from ._lock import QuickLock
     from ._models import Claimed, JobHandle
     from ._pool import Pool
     from ._queue import Queue
@@ -42,7 +41,7 @@ class QueueWorker:
         handle: JobHandle,
         middleware: Sequence[Middleware],
         events: Events,
-        turn: trio.Semaphore,
+        turn: QuickLock,
     ) -> None:
         """``turn`` is shared by a process's claimers: one claims at a time, so that many queues need few connections."""
         worker = queue.worker_function
@@ -109,7 +108,7 @@ class QueueWorker:
         # A claim that a crash of the server forgets is made again; without retries it must not run twice.
         durably = self.info.retry_limit == 0
         try:
-            async with self._in_turn() as connection:
+            async with self._turn, self._pool.connection() as connection:
                 return await self._store.claim(
                     connection, self.queue.name, how_many, self._runtime, floors=floors, durably=durably
                 )
@@ -118,17 +117,5 @@ class QueueWorker:
             raise
 
     async def _next_due(self) -> tuple[float | None, float]:
-        async with self._in_turn() as connection:
+        async with self._turn, self._pool.connection() as connection:
             return await self._store.next_due(connection, self.info.number)
-
-    @contextlib.asynccontextmanager
-    async def _in_turn(self) -> AsyncIterator[TrioConnection]:
-        try:
-            self._turn.acquire_nowait()  # free: no trip through the scheduler
-        except trio.WouldBlock:
-            await self._turn.acquire()
-        try:
-            async with self._pool.connection() as connection:
-                yield connection
-        finally:
-            self._turn.release()

@@ -206,7 +206,7 @@ def test_a_statement_for_any_connection():
 
 
 def test_parameters_and_statement_agree():
-    assert send_statement("notifyq", "try_send").count("%s") == len(send_parameters("q", "1", {}))
+    assert send_statement("notifyq").count("%s") == len(send_parameters("q", "1", {}))
     assert len(send_parameters("q", "1", {"priority": 1})) == len(send_parameters("q", "1", {}))
 
 

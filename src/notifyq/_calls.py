@@ -1,0 +1,71 @@
+"""How a SQL function is called: its schema's name put in, its arguments as PostgreSQL's text, its errors as ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, LiteralString
+
+import psycopg
+from psycopg import sql
+
+from ._sql import as_ours
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._connection import TrioConnection
+
+__all__ = ["Calls", "intervals", "literal"]
+
+
+class Calls:
+    """Calls in one schema. A call is one statement and so one transaction, unless the connection is in one."""
+
+    def __init__(self, schema: str) -> None:
+        self.schema = schema
+        self._composed: dict[str, str] = {}
+
+    async def rows(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> list[Any]:
+        """Run a statement: ``{s}`` in it is the schema, ``$1`` the first argument. Raises our errors and psycopg's."""
+        statement = self._composed.get(text)
+        if statement is None:
+            statement = sql.SQL(text).format(s=sql.Identifier(self.schema)).as_string(None)
+            self._composed[text] = statement
+        try:
+            return await connection.fetch(statement, [literal(argument) for argument in arguments])
+        except psycopg.Error as error:
+            ours = as_ours(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+    async def row(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> Any:
+        """The first row, or None."""
+        rows = await self.rows(connection, text, *arguments)
+        return rows[0] if rows else None
+
+    async def value(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> Any:
+        """The first value of the first row."""
+        return (await self.rows(connection, text, *arguments))[0][0]
+
+
+def literal(value: Any) -> str | None:
+    """An argument as PostgreSQL's text: a number, text, boolean, uuid, or a sequence of them as an array."""
+    if value is None or type(value) is str:
+        return value
+    if isinstance(value, list | tuple):
+        return f"{{{','.join(map(_element, value))}}}"
+    return str(value)
+
+
+def _element(value: Any) -> str:
+    if value is None:
+        return "null"
+    if type(value) is str:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return str(value)
+
+
+def intervals(seconds: Sequence[float | None]) -> list[str | None]:
+    """Durations as an array of intervals."""
+    return [None if value is None else f"{value} s" for value in seconds]
