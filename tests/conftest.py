@@ -11,23 +11,23 @@ import pytest
 import trio
 
 import notifyq
-from notifyq import _events, _schema, testing
+from notifyq import _schema, events, testing
 from notifyq._connection import TrioConnection, open_connection
 from notifyq._store import Store
 
-E = TypeVar("E", bound=_events.Event)
+E = TypeVar("E", bound=events.Event)
 
 
 class Seen:
     """Records a runtime's events and waits for them."""
 
     def __init__(self, runtime: notifyq.Runtime) -> None:
-        self.events: list[_events.Event] = []
+        self.events: list[events.Event] = []
         self._lot = trio.lowlevel.ParkingLot()
         self.runtime = runtime
         runtime.subscribe(self._add)
 
-    def _add(self, event: _events.Event) -> None:
+    def _add(self, event: events.Event) -> None:
         self.events.append(event)
         self._lot.unpark_all()
 

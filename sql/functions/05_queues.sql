@@ -111,6 +111,13 @@ begin
 end
 $$;
 
+create or replace function notifyq.queue_name(number int) returns text
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select q.name from notifyq.queue q where q.number = queue_name.number
+$$;
+
 -- Makes a queue. Returns 'created', 'exists' (with these options), or 'differs: …', which
 -- names the options that stand otherwise and changes nothing: update_queue() does.
 create or replace function notifyq.create_queue(name text, options jsonb default '{}') returns text
@@ -139,8 +146,8 @@ begin
     wanted := notifyq.with_options(standing, create_queue.options);
     select string_agg(format('%s is %s, not %s', s.key, coalesce(s.value, 'none'), coalesce(w.value, 'none')), '; ' order by s.key)
     into differing
-    from jsonb_each_text(to_jsonb(standing)) s
-    join jsonb_each_text(to_jsonb(wanted)) w on w.key = s.key
+    from jsonb_each_text(to_jsonb(standing) || jsonb_build_object('dead_letter', notifyq.queue_name(standing.dead_letter))) s
+    join jsonb_each_text(to_jsonb(wanted) || jsonb_build_object('dead_letter', notifyq.queue_name(wanted.dead_letter))) w on w.key = s.key
     where s.value is distinct from w.value;
     return coalesce('differs: ' || differing, 'exists');
 end
@@ -152,8 +159,10 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    wanted notifyq.queue := notifyq.with_options(notifyq.queue_named(update_queue.name), update_queue.options);
+    wanted notifyq.queue;
 begin
+    perform from notifyq.queue q where q.name = update_queue.name for update;
+    wanted := notifyq.with_options(notifyq.queue_named(update_queue.name), update_queue.options);
     update notifyq.queue q
     set (retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, priority,
             retention, expire_in, dead_letter, max_data_bytes, bell)
@@ -167,10 +176,12 @@ end
 $$;
 
 -- Deletes a queue and all its jobs; returns how many jobs went. Refused (NQ003) while
--- another queue names it as dead letter.
+-- another queue names it as dead letter. Waits up to a second for transactions that have sent to
+-- any queue and are still open (they have read the queue's row), then fails with 55P03.
 create or replace function notifyq.delete_queue(name text) returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '1s'
 as $$
 declare
     doomed notifyq.queue := notifyq.queue_named(delete_queue.name);
@@ -184,9 +195,9 @@ begin
         raise exception 'queue % is the dead letter of: %', delete_queue.name, users
         using errcode = 'NQ003', hint = 'Give those queues another dead_letter first: notifyq.update_queue().';
     end if;
-    -- waits for sends under way, which hold the row for key share
-    perform from notifyq.queue q where q.number = doomed.number for update;
     deleted := notifyq.delete_all(delete_queue.name);
+    lock table notifyq.queue in access exclusive mode;
+    deleted := deleted + notifyq.delete_all(delete_queue.name);
     delete from notifyq.queue q where q.number = doomed.number;
     return deleted;
 end

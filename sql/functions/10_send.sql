@@ -1,19 +1,59 @@
 -- send: insert the job and its ticket; inserting the ticket rings the bell.
 --
--- SECURITY DEFINER: a producer needs EXECUTE and nothing else. Locks: the id_key's row, if used.
+-- SECURITY DEFINER: a producer needs EXECUTE and nothing else. Locks: the id_keys' rows, by key.
 
--- Raises NQ004 when data is larger than its queue takes.
-create or replace function notifyq.check_data(data jsonb, queue notifyq.queue) returns void
+-- True, or NQ004: data is larger than its queue takes.
+create or replace function notifyq.data_fits(data jsonb, queue notifyq.queue) returns boolean
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    size int := octet_length(check_data.data::text);
+    size int := octet_length(data_fits.data::text);
 begin
-    if size > (check_data.queue).max_data_bytes then
-        raise exception 'data of % bytes is over the limit of % bytes of queue %', size, (check_data.queue).max_data_bytes, (check_data.queue).name
+    if size > (data_fits.queue).max_data_bytes then
+        raise exception 'data of % bytes is over the limit of % bytes of queue %', size, (data_fits.queue).max_data_bytes, (data_fits.queue).name
         using errcode = 'NQ004', hint = 'Store large data elsewhere and send a reference, or raise the queue''s max_data_bytes.';
     end if;
+    return true;
+end
+$$;
+
+-- True, or NQ003: an option of one job is out of its range. Times are bounded (100 years), since
+-- one that overflowed later would hold up every claim of its queue.
+create or replace function notifyq.options_fit(
+    priority int,
+    delay interval,
+    due_at timestamptz,
+    retry_limit int,
+    retry_delay interval,
+    retry_delay_max interval,
+    timeout interval,
+    expire_in interval
+) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    longest constant interval := '100 years';
+begin
+    if options_fit.delay is not null and options_fit.due_at is not null then
+        raise exception 'delay and due_at exclude each other' using errcode = 'NQ003', hint = 'Give one of them.';
+    end if;
+    if options_fit.priority not between -32768 and 32767 then
+        raise exception 'priority % is not between -32768 and 32767', options_fit.priority using errcode = 'NQ003';
+    end if;
+    if options_fit.retry_limit not between 0 and 1000 then
+        raise exception 'retry_limit % is not between 0 and 1000', options_fit.retry_limit using errcode = 'NQ003';
+    end if;
+    if least(options_fit.retry_delay, options_fit.retry_delay_max) < '0' or least(options_fit.timeout, options_fit.expire_in) <= '0' then
+        raise exception 'retry_delay and retry_delay_max must not be negative, timeout and expire_in must be above zero' using errcode = 'NQ003';
+    end if;
+    if greatest(options_fit.delay, options_fit.retry_delay, options_fit.retry_delay_max, options_fit.timeout, options_fit.expire_in) > longest
+        or options_fit.due_at > now() + longest
+    then
+        raise exception 'delay, due_at, retry_delay, retry_delay_max, timeout and expire_in must not be over 100 years' using errcode = 'NQ003';
+    end if;
+    return true;
 end
 $$;
 
@@ -42,26 +82,21 @@ as $$
 #variable_conflict use_column
 declare
     q notifyq.queue;
-    due timestamptz := coalesce(try_send.due_at, clock_timestamp() + try_send.delay);
+    due timestamptz;
 begin
     select * into q from notifyq.queue s where s.name = try_send.queue;
     if not found then
         q := notifyq.queue_named(try_send.queue);
     end if;
-    if try_send.delay is not null and try_send.due_at is not null then
-        raise exception 'delay and due_at exclude each other' using errcode = 'NQ003', hint = 'Give one of them.';
-    end if;
-    if try_send.priority not between -32768 and 32767 then
-        raise exception 'priority % is not between -32768 and 32767', try_send.priority using errcode = 'NQ003';
-    end if;
-    if try_send.retry_limit not between 0 and 1000 then
-        raise exception 'retry_limit % is not between 0 and 1000', try_send.retry_limit using errcode = 'NQ003';
-    end if;
-    if least(try_send.retry_delay, try_send.retry_delay_max) < '0' or least(try_send.timeout, try_send.expire_in) <= '0' then
-        raise exception 'retry_delay and retry_delay_max must not be negative, timeout and expire_in must be above zero' using errcode = 'NQ003';
+    if num_nonnulls(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay, try_send.retry_delay_max,
+        try_send.timeout, try_send.expire_in) > 0
+    then
+        perform notifyq.options_fit(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay,
+            try_send.retry_delay_max, try_send.timeout, try_send.expire_in);
+        due := coalesce(try_send.due_at, clock_timestamp() + try_send.delay);
     end if;
     if octet_length(try_send.data::text) > q.max_data_bytes then
-        perform notifyq.check_data(try_send.data, q);
+        perform notifyq.data_fits(try_send.data, q);
     end if;
 
     try_send.id := nextval('notifyq.job_id_seq');
@@ -92,7 +127,7 @@ begin
         coalesce(try_send.retry_delay_max, q.retry_delay_max),
         coalesce(try_send.retry_backoff, q.retry_backoff),
         coalesce(try_send.timeout, q.timeout),
-        coalesce(due, now()) + coalesce(try_send.expire_in, q.expire_in),
+        greatest(due, now()) + coalesce(try_send.expire_in, q.expire_in),
         try_send.id_key
     );
     if due > clock_timestamp() then
@@ -145,7 +180,6 @@ declare
     allowed constant text[] := array['data', 'priority', 'delay', 'due_at', 'retry_limit', 'retry_delay',
         'retry_delay_max', 'retry_backoff', 'timeout', 'expire_in', 'headers', 'id_key'];
     entry jsonb;
-    sent record;
 begin
     if jsonb_typeof(send_many.jobs) is distinct from 'array' then
         raise exception 'jobs must be a JSON array of objects, not %', coalesce(jsonb_typeof(send_many.jobs), 'null') using errcode = 'NQ003';
@@ -180,33 +214,91 @@ begin
         order by job.id;
         return;
     end if;
-
-    for entry in select e.value from jsonb_array_elements(send_many.jobs) with ordinality e order by e.ordinality loop
-        select * into sent
-        from notifyq.try_send(
-            send_many.queue, nullif(entry -> 'data', 'null'), (entry ->> 'priority')::int, notifyq.duration(entry -> 'delay'),
-            (entry ->> 'due_at')::timestamptz, (entry ->> 'retry_limit')::int, notifyq.duration(entry -> 'retry_delay'),
-            notifyq.duration(entry -> 'retry_delay_max'), (entry ->> 'retry_backoff')::boolean, notifyq.duration(entry -> 'timeout'),
-            notifyq.duration(entry -> 'expire_in'), nullif(entry -> 'headers', 'null'), entry ->> 'id_key'
-        );
-        id := sent.id;
-        created := sent.created;
-        return next;
-    end loop;
+    return query
+    select * from notifyq.send_each(q, send_many.jobs);
 exception when invalid_text_representation or invalid_datetime_format or datetime_field_overflow or numeric_value_out_of_range then
     raise exception 'an option of a job for queue % does not fit: %', send_many.queue, sqlerrm using errcode = 'NQ003';
 end
 $$;
 
--- True, or NQ004: check_data where an expression is needed.
-create or replace function notifyq.data_fits(data jsonb, queue notifyq.queue) returns boolean
-language plpgsql immutable
+-- The part of send_many() for jobs with options of their own.
+--
+-- Keys are reserved before anything else and in their order, whatever the array's is: two calls
+-- with the same keys then wait for each other and do not deadlock.
+create or replace function notifyq.send_each(queue notifyq.queue, jobs jsonb)
+returns table (id bigint, created boolean)
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+#variable_conflict use_column
+declare
+    ids bigint[];
+    reserved jsonb;
 begin
-    if octet_length(data_fits.data::text) > (data_fits.queue).max_data_bytes then
-        perform notifyq.check_data(data_fits.data, data_fits.queue);
+    select array_agg(nextval('notifyq.job_id_seq') order by e.ordinality) into ids
+    from jsonb_array_elements(send_each.jobs) with ordinality e;
+    with inserted as (
+        insert into notifyq.id_key (queue, key, job)
+        select (send_each.queue).number, e.value ->> 'id_key', min(ids[e.ordinality])
+        from jsonb_array_elements(send_each.jobs) with ordinality e
+        where e.value ->> 'id_key' is not null
+        group by e.value ->> 'id_key'
+        order by e.value ->> 'id_key'
+        on conflict do nothing
+        returning job
+    )
+    select coalesce(jsonb_object_agg(i.job, true), '{}') into reserved from inserted i;
+
+    with entry as materialized (
+        select e.*, ids[e.place] as id, coalesce(e.due_at, clock_timestamp() + notifyq.duration(e.delay)) as due,
+            coalesce(e.priority::smallint, (send_each.queue).priority) as rank,
+            e.id_key is null or reserved ? ids[e.place]::text as is_new
+        from rows from (jsonb_to_recordset(send_each.jobs) as (
+            data jsonb, priority int, delay jsonb, due_at timestamptz, retry_limit int, retry_delay jsonb, retry_delay_max jsonb,
+            retry_backoff boolean, timeout jsonb, expire_in jsonb, headers jsonb, id_key text
+        )) with ordinality e (
+            data, priority, delay, due_at, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expire_in, headers, id_key, place
+        )
+        where notifyq.data_fits(e.data, send_each.queue)
+        and notifyq.options_fit(e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit, notifyq.duration(e.retry_delay),
+            notifyq.duration(e.retry_delay_max), notifyq.duration(e.timeout), notifyq.duration(e.expire_in))
+    ), job as (
+        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, id_key)
+        select e.id, (send_each.queue).number, nullif(e.data, 'null'), nullif(e.headers, 'null'), e.rank,
+            coalesce(e.retry_limit, (send_each.queue).retry_limit),
+            coalesce(notifyq.duration(e.retry_delay), (send_each.queue).retry_delay),
+            coalesce(notifyq.duration(e.retry_delay_max), (send_each.queue).retry_delay_max),
+            coalesce(e.retry_backoff, (send_each.queue).retry_backoff),
+            coalesce(notifyq.duration(e.timeout), (send_each.queue).timeout),
+            greatest(e.due, now()) + coalesce(notifyq.duration(e.expire_in), (send_each.queue).expire_in),
+            e.id_key
+        from entry e
+        where e.is_new
+    ), later as (
+        insert into notifyq.scheduled (job, queue, due_at)
+        select e.id, (send_each.queue).number, e.due
+        from entry e
+        where e.is_new
+        and e.due > now()
+    )
+    insert into notifyq.ready (queue, priority, number, job)
+    select (send_each.queue).number, e.rank, e.id, e.id
+    from entry e
+    where e.is_new
+    and (e.due > now()) is not true
+    order by e.id;
+
+    if exists (
+        select from jsonb_array_elements(send_each.jobs) e
+        where e.value ->> 'id_key' is not null
+        and not exists (select from notifyq.id_key k where k.queue = (send_each.queue).number and k.key = e.value ->> 'id_key')
+    ) then
+        raise exception 'a job with one of these id_keys was deleted at this moment' using errcode = 'serialization_failure', hint = 'Send again.';
     end if;
-    return true;
+    return query
+    select coalesce(k.job, ids[e.ordinality]), coalesce(k.job = ids[e.ordinality], true)
+    from jsonb_array_elements(send_each.jobs) with ordinality e
+    left join notifyq.id_key k on k.queue = (send_each.queue).number and k.key = e.value ->> 'id_key'
+    order by e.ordinality;
 end
 $$;

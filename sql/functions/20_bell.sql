@@ -54,8 +54,7 @@ end
 $$;
 
 create or replace function notifyq.ring_scheduled() returns trigger
-language plpgsql security definer
-set search_path = pg_catalog, pg_temp
+language plpgsql
 as $$
 declare
     rang jsonb := coalesce(nullif(current_setting('notifyq.rang_scheduled', true), ''), '{}')::jsonb;
@@ -78,15 +77,21 @@ begin
 end
 $$;
 
-drop trigger if exists bell on notifyq.ready;
-create trigger bell after insert on notifyq.ready
-referencing new table as inserted
-for each statement execute function notifyq.ring_ready();
-
-drop trigger if exists bell on notifyq.scheduled;
-create trigger bell after insert on notifyq.scheduled
-referencing new table as inserted
-for each statement execute function notifyq.ring_scheduled();
+-- Made only once: creating a trigger locks its table against every send and claim.
+do $$
+begin
+    if not exists (select from pg_trigger t where t.tgrelid = 'notifyq.ready'::regclass and t.tgname = 'bell') then
+        create trigger bell after insert on notifyq.ready
+        referencing new table as inserted
+        for each statement execute function notifyq.ring_ready();
+    end if;
+    if not exists (select from pg_trigger t where t.tgrelid = 'notifyq.scheduled'::regclass and t.tgname = 'bell') then
+        create trigger bell after insert on notifyq.scheduled
+        referencing new table as inserted
+        for each statement execute function notifyq.ring_scheduled();
+    end if;
+end
+$$;
 
 -- The advisory-lock class of one purpose; the key within it is the queue's bucket.
 create or replace function notifyq.lock_class(purpose text) returns int

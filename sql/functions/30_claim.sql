@@ -1,22 +1,25 @@
 -- claim: ready tickets become active ones.
 
--- Moves the due tickets of one queue (null: every queue) to ready; returns how many. One
--- session at a time: the others find nothing to do.
-create or replace function notifyq.promote(queue int default null, how_many int default 1000) returns int
+-- Moves up to how_many due tickets of a queue to ready; returns how many. alone: one session at a
+-- time, so that the timers of many runtimes do not all do it; the others find nothing to do.
+--
+-- The moment is a variable because clock_timestamp() is volatile: the index could not be asked for it.
+create or replace function notifyq.promote(queue int, how_many int default 1000, alone boolean default true) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    moment constant timestamptz := clock_timestamp();
     promoted int;
 begin
-    if not pg_try_advisory_xact_lock(notifyq.lock_class('promote'), coalesce(promote.queue, 0)) then
+    if promote.alone and not pg_try_advisory_xact_lock(notifyq.lock_class('promote'), promote.queue) then
         return 0;
     end if;
     with due as (
         select s.job
         from notifyq.scheduled s
-        where (promote.queue is null or s.queue = promote.queue)
-        and s.due_at <= clock_timestamp()
+        where s.queue = promote.queue
+        and s.due_at <= moment
         order by s.due_at
         limit promote.how_many
         for update skip locked
@@ -41,7 +44,8 @@ $$;
 -- With a runtime: its lease must be live (NQ005 otherwise) and protects the claim. Without
 -- one (a claim by hand): the job must be settled or touched within lease (default: the job's
 -- timeout). priorities and floors: look only from floors[i] on at priorities[i]; null: look
--- from the beginning. READ COMMITTED only (NQ006).
+-- from the beginning. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
+-- but fail as 'expired'; with many of those a claim may return fewer than there are.
 --
 -- Locks: the runtime's row (key share), then tickets in order. Tickets locked by others are
 -- stepped over. The job is read in a later statement than the one that locks its ticket, so
@@ -61,6 +65,7 @@ returns table (
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
+set jit = off
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_hashjoin = off
@@ -68,7 +73,9 @@ set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
+    moment constant timestamptz := clock_timestamp();
     n int;
+    claimed int;
     live boolean;
     due boolean;
     jobs bigint[] := '{}';
@@ -97,7 +104,7 @@ begin
             and not r.stopping
             for key share
         ),
-        exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= clock_timestamp())
+        exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
     into n, live, due
     from notifyq.queue q
     where q.name = claim.queue;
@@ -109,7 +116,8 @@ begin
         using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
     end if;
     if due then
-        perform notifyq.promote(n);
+        -- A claim by hand may be in a long transaction: it takes no more than it can use, and no lock.
+        perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
     end if;
 
     if claim.floors is null then
@@ -163,6 +171,7 @@ begin
             j.sent_at, j.data, j.headers, j.provenance, t.place
         from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) with ordinality t (job, number, attempt, place)
         join notifyq.job j on j.id = t.job
+        where (j.expires_at <= moment and t.attempt = 0) is not true
     ), active as (
         insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
         select c.id, n, c.attempt, c.number, claim.runtime, clock_timestamp(),
@@ -173,6 +182,14 @@ begin
         c.sent_at, c.data, c.headers, c.provenance
     from claimed c
     order by c.place;
+    get diagnostics claimed = row_count;
+    if claimed < cardinality(jobs) then
+        perform notifyq.end_expired(array(
+            select row(t.job, t.number, null, null, null, null, n, t.attempt, null)::notifyq.active
+            from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) t (job, number, attempt)
+            where not exists (select from notifyq.active a where a.job = t.job)
+        ));
+    end if;
 end
 $$;
 

@@ -3,11 +3,11 @@
 
 -- Takes tickets out of active, by id; returns them. A ticket that is not active with this
 -- attempt (attempts null: any) and this runtime (null: claimed by hand) stays.
--- The fence is a CASE because the planner then takes it to pass half of the rows. As a plain
--- condition on runtime it expects next to none, and joins by scanning all of active for each job.
+-- About the CASE see complete().
 create or replace function notifyq.leave_active(jobs bigint[], attempts int[], runtime uuid) returns setof notifyq.active
 language sql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
@@ -28,7 +28,9 @@ $$;
 create or replace function notifyq.leave_waiting(jobs bigint[]) returns setof notifyq.active
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
+set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
@@ -57,10 +59,12 @@ end
 $$;
 
 -- Copies failed jobs to their queues' dead-letter queues, saying where they came from. The copy
--- takes the dead-letter queue's options. Call before finish() and after noting the attempt.
+-- takes the dead-letter queue's options; a dead letter's own provenance stays inside the new one.
+-- Call before finish() and after noting the attempt.
 create or replace function notifyq.copy_to_dead_letter(jobs bigint[]) returns void
 language sql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
@@ -70,7 +74,8 @@ as $$
         select d.number, j.data, j.headers, d.priority, d.retry_limit, d.retry_delay, d.retry_delay_max, d.retry_backoff, d.timeout, now() + d.expire_in,
             jsonb_build_object(
                 'queue', q.name, 'id', j.id, 'sent_at', j.sent_at, 'priority', j.priority,
-                'attempts', coalesce(e.attempt, 0), 'error', jsonb_build_object('type', e.type, 'message', e.message)
+                'attempts', coalesce(e.attempt, 0), 'error', jsonb_build_object('type', e.type, 'message', e.message),
+                'provenance', j.provenance
             )
         from unnest(copy_to_dead_letter.jobs) f (job)
         join notifyq.job j on j.id = f.job
@@ -93,10 +98,11 @@ as $$
 $$;
 
 -- Archives jobs whose tickets were taken, or forgets those whose queue keeps nothing, and
--- announces them. complete() does the same within its one statement.
+-- announces them; null: none. complete() does the same within its one statement.
 create or replace function notifyq.finish(ended notifyq.active[], state text) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
@@ -105,6 +111,9 @@ declare
     unkept bigint[];
     tally record;
 begin
+    if finish.ended is null then
+        return;
+    end if;
     if finish.state = 'failed' then
         perform notifyq.copy_to_dead_letter((select array_agg(e.job) from unnest(finish.ended) e));
     end if;
@@ -144,10 +153,30 @@ $$;
 create or replace function notifyq.forget(jobs bigint[]) returns void
 language sql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
     delete from notifyq.attempt a where a.job = any (forget.jobs);
     delete from notifyq.id_key k where k.job = any (forget.jobs);
+$$;
+
+-- Fails jobs that were not started in their time, as 'expired'. Call with tickets just taken.
+create or replace function notifyq.end_expired(tickets notifyq.active[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+begin
+    insert into notifyq.attempt (job, attempt, type, message)
+    select e.job, e.attempt, 'expired', 'not started in its time, which ended at ' || j.expires_at
+    from unnest(end_expired.tickets) e
+    join notifyq.job j on j.id = e.job;
+    perform notifyq.finish(end_expired.tickets, 'failed');
+end
 $$;
 
 -- The day on which a row that is kept this long may go, in UTC.

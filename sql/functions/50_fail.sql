@@ -18,11 +18,12 @@ $$;
 
 -- Fails attempts of a batch: each is tried again later, or ends as failed (retries used up, or
 -- final). errors is a JSON array of {type, message, traceback}, one a job. retry_in overrides
--- the backoff where not null. attempts null: whatever attempt is active.
+-- the backoff where not null. attempts null: whatever attempt is active. One with a cancel request
+-- ends as cancelled.
 --
--- Returns the jobs it affected and where they stand now: scheduled, ready or failed. Ones that
--- are not active with this attempt and runtime are left alone. Locks: active tickets by id,
--- then jobs.
+-- Returns the jobs it affected and where they stand now: scheduled, ready, failed or cancelled. Ones
+-- that are not active with this attempt and runtime are left alone. About the CASE see complete().
+-- Locks: active tickets in the order given (give them by id), then jobs.
 create or replace function notifyq.fail(
     jobs bigint[],
     errors jsonb,
@@ -33,56 +34,62 @@ create or replace function notifyq.fail(
 ) returns table (id bigint, state text)
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
-    ended notifyq.active[];
     judged record;
 begin
     if jsonb_typeof(fail.errors) is distinct from 'array' or jsonb_array_length(fail.errors) <> cardinality(fail.jobs) then
         raise exception 'errors must be a JSON array of {type, message, traceback} with one element a job' using errcode = 'NQ003';
     end if;
-    with failure as materialized (
-        select f.job, f.error, coalesce(f.final, false) as final, f.retry_in
-        from rows from (unnest(fail.jobs), jsonb_array_elements(fail.errors), unnest(fail.final), unnest(fail.retry_in)) f (job, error, final, retry_in)
-    ), gone as materialized (
-        select a.*, a as ticket
-        from notifyq.leave_active(fail.jobs, fail.attempts, fail.runtime) a
+    with gone as (
+        delete from notifyq.active a
+        using rows from (
+            unnest(fail.jobs), unnest(fail.attempts), jsonb_array_elements(fail.errors), unnest(fail.final), unnest(fail.retry_in)
+        ) as o (job, attempt, error, final, retry_in)
+        where a.job = o.job
+        and case when a.runtime is not distinct from fail.runtime then fail.attempts is null or a.attempt = o.attempt end
+        returning a as ticket, a.job, a.queue, a.attempt, a.cancel_requested_at, a.claimed_at, a.runtime, o.error, o.final, o.retry_in
     ), noted as (
         insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message, traceback)
-        select g.job, g.claimed_at, g.runtime, g.attempt, coalesce(f.error ->> 'type', 'Error'), coalesce(f.error ->> 'message', ''), f.error ->> 'traceback'
+        select g.job, g.claimed_at, g.runtime, g.attempt, coalesce(g.error ->> 'type', 'Error'), coalesce(g.error ->> 'message', ''), g.error ->> 'traceback'
         from gone g
-        join failure f on f.job = g.job
     ), verdict as materialized (
-        select g.job, g.queue, g.attempt, g.ticket, j.priority, f.final or g.attempt > j.retry_limit as ends,
-            coalesce(f.retry_in, notifyq.backoff(j.retry_delay, j.retry_delay_max, j.retry_backoff, g.attempt)) as delay
+        select g.ticket, g.job, g.queue, g.attempt, j.priority,
+            case
+                when g.cancel_requested_at is not null then 'cancelled'
+                when g.final or g.attempt > j.retry_limit then 'failed'
+                when d.delay > '0' then 'scheduled'
+                else 'ready'
+            end as state,
+            d.delay
         from gone g
-        join failure f on f.job = g.job
         join notifyq.job j on j.id = g.job
+        cross join lateral (
+            select coalesce(g.retry_in, notifyq.backoff(j.retry_delay, j.retry_delay_max, j.retry_backoff, g.attempt)) as delay
+        ) d
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
         select v.job, v.queue, v.attempt, clock_timestamp() + v.delay
         from verdict v
-        where not v.ends
-        and v.delay > '0'
+        where v.state = 'scheduled'
     ), again as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select v.queue, v.priority, nextval('notifyq.job_id_seq'), v.job, v.attempt
         from verdict v
-        where not v.ends
-        and v.delay <= '0'
+        where v.state = 'ready'
     )
-    select array_agg(v.ticket) filter (where v.ends) as ended, array_agg(v.job) as jobs,
-        array_agg(case when v.ends then 'failed' when v.delay > '0' then 'scheduled' else 'ready' end) as states
+    select array_agg(v.job) as jobs, array_agg(v.state) as states,
+        array_agg(v.ticket) filter (where v.state = 'failed') as failed,
+        array_agg(v.ticket) filter (where v.state = 'cancelled') as cancelled
     into judged
     from verdict v;
-    ended := judged.ended;
-    if ended is not null then
-        perform notifyq.finish(ended, 'failed');
-    end if;
+    perform notifyq.finish(judged.failed, 'failed');
+    perform notifyq.finish(judged.cancelled, 'cancelled');
     return query
     select * from unnest(judged.jobs, judged.states);
 end
@@ -106,56 +113,80 @@ as $$
         case when fail.attempt is null then null else array[fail.attempt] end, null::uuid, array[fail.final], array[fail.retry_in]) f
 $$;
 
--- Puts active jobs off without spending an attempt; a delay of zero: to the end of the line.
--- Returns the ids affected. Locks: active tickets by id.
+-- Puts active jobs off without spending an attempt; a delay of zero: to the end of the line. One
+-- with a cancel request ends as cancelled. Returns the ids affected. Locks: active tickets in the
+-- order given, then jobs.
 create or replace function notifyq.snooze(jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null) returns bigint[]
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
+declare
+    affected bigint[];
+    cancelled notifyq.active[];
+begin
     with gone as materialized (
-        select g.job, g.queue, g.attempt, o.delay
-        from notifyq.leave_active(snooze.jobs, snooze.attempts, snooze.runtime) g
-        join rows from (unnest(snooze.jobs), unnest(snooze.delays)) o (job, delay) on o.job = g.job
+        delete from notifyq.active a
+        using rows from (unnest(snooze.jobs), unnest(snooze.attempts), unnest(snooze.delays)) as o (job, attempt, delay)
+        where a.job = o.job
+        and case when a.runtime is not distinct from snooze.runtime then snooze.attempts is null or a.attempt = o.attempt end
+        returning a as ticket, a.job, a.queue, a.attempt, a.cancel_requested_at is not null as cancelled, o.delay
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
         select g.job, g.queue, g.attempt - 1, clock_timestamp() + g.delay
         from gone g
-        where g.delay > '0'
+        where not g.cancelled
+        and g.delay > '0'
     ), again as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select g.queue, j.priority, nextval('notifyq.job_id_seq'), g.job, g.attempt - 1
         from gone g
         join notifyq.job j on j.id = g.job
-        where coalesce(g.delay, '0') <= '0'
+        where not g.cancelled
+        and coalesce(g.delay, '0') <= '0'
     )
-    select coalesce(array_agg(g.job), '{}')
-    from gone g
+    select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled)
+    into affected, cancelled
+    from gone g;
+    perform notifyq.finish(cancelled, 'cancelled');
+    return affected;
+end
 $$;
 
--- Hands back claimed jobs that were not started: same place in the line, no attempt spent.
--- Returns the ids affected. Locks: active tickets by id.
+-- Hands back claimed jobs that were not started: same place in the line, no attempt spent. One
+-- with a cancel request ends as cancelled. Returns the ids affected. Locks: active tickets by id.
 create or replace function notifyq.release(jobs bigint[], attempts int[] default null, runtime uuid default null) returns bigint[]
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
+declare
+    affected bigint[];
+    cancelled notifyq.active[];
+begin
     with gone as materialized (
-        select g.*
+        select g as ticket, g.job, g.queue, g.attempt, g.number, g.cancel_requested_at is not null as cancelled
         from notifyq.leave_active(release.jobs, release.attempts, release.runtime) g
     ), back as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select g.queue, j.priority, g.number, g.job, g.attempt - 1
         from gone g
         join notifyq.job j on j.id = g.job
+        where not g.cancelled
         order by g.number
     )
-    select coalesce(array_agg(g.job), '{}')
-    from gone g
+    select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled)
+    into affected, cancelled
+    from gone g;
+    perform notifyq.finish(cancelled, 'cancelled');
+    return affected;
+end
 $$;
 
 -- Ends active jobs as cancelled: their worker discarded them, or confirms a cancel request.
@@ -169,10 +200,7 @@ declare
 begin
     select array_agg(a) into ended
     from notifyq.leave_active(discard.jobs, discard.attempts, discard.runtime) a;
-    if ended is null then
-        return '{}';
-    end if;
     perform notifyq.finish(ended, 'cancelled');
-    return (select array_agg(e.job) from unnest(ended) e);
+    return array(select e.job from unnest(ended) e);
 end
 $$;

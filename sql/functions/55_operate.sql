@@ -7,7 +7,9 @@
 create or replace function notifyq.cancel(jobs bigint[]) returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
+set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
@@ -25,10 +27,8 @@ begin
             union all
             select a.* from notifyq.leave_active(left_over, null, null) a
         ) t;
-        if ended is not null then
-            perform notifyq.finish(ended, 'cancelled');
-            affected := affected || (select array_agg(e.job) from unnest(ended) e);
-        end if;
+        perform notifyq.finish(ended, 'cancelled');
+        affected := affected || array(select e.job from unnest(ended) e);
         with asked as (
             update notifyq.active a
             set cancel_requested_at = coalesce(a.cancel_requested_at, now())
@@ -65,6 +65,7 @@ $$;
 create or replace function notifyq.revive(jobs bigint[], state text) returns bigint[]
 language sql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
@@ -104,40 +105,47 @@ as $$
     select notifyq.revive(resume.jobs, 'cancelled')
 $$;
 
--- Deletes jobs in any state with all that is remembered of them. One that runs is not
--- interrupted; settling it later changes nothing. Locks: tickets, active tickets, then jobs.
-create or replace function notifyq.delete(jobs bigint[]) returns bigint[]
+-- Deletes jobs with all that is remembered of them, in any state or only in these (of jobs that
+-- move meanwhile, those that stand in one of them). One that runs is not interrupted; settling it
+-- later changes nothing. Locks: tickets, active tickets, archived rows, then jobs.
+create or replace function notifyq.delete_in(states text[], jobs bigint[]) returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
+set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 declare
-    left_over bigint[] := "delete".jobs;
+    left_over bigint[] := delete_in.jobs;
     gone bigint[];
     affected bigint[] := '{}';
 begin
+    -- A ticket can move while we look; what is waiting, active or being moved is found again.
     for round in 1 .. 3 loop
-        with ticket as (
-            select w.job from notifyq.leave_waiting(left_over) w
-        )
-        select array_agg(t.job) into gone from ticket t;
-        affected := affected || gone;
-        with ticket as (
-            delete from notifyq.active a
-            where a.job = any (left_over)
-            returning a.job
-        )
-        select array_agg(t.job) into gone from ticket t;
-        affected := affected || gone;
-        with old as (
-            delete from notifyq.archive a
-            where a.id = any (left_over)
-            returning a.id
-        )
-        select array_agg(o.id) into gone from old o;
-        affected := affected || gone;
+        if delete_in.states && '{scheduled,ready}' then
+            affected := affected || array(select w.job from notifyq.leave_waiting(left_over) w);
+        end if;
+        if 'active' = any (delete_in.states) then
+            with ticket as (
+                delete from notifyq.active a
+                where a.job = any (left_over)
+                returning a.job
+            )
+            select array_agg(t.job) into gone from ticket t;
+            affected := affected || gone;
+        end if;
+        if delete_in.states && '{completed,failed,cancelled}' then
+            with old as (
+                delete from notifyq.archive a
+                where a.id = any (left_over)
+                and a.state = any (delete_in.states)
+                returning a.id
+            )
+            select array_agg(o.id) into gone from old o;
+            affected := affected || gone;
+        end if;
         delete from notifyq.job j where j.id = any (affected);
         select array_agg(j.id) into left_over
         from notifyq.job j
@@ -147,6 +155,14 @@ begin
     perform notifyq.forget(affected);
     return affected;
 end
+$$;
+
+-- Deletes jobs in any state.
+create or replace function notifyq.delete(jobs bigint[]) returns bigint[]
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select notifyq.delete_in('{scheduled,ready,active,completed,failed,cancelled}', "delete".jobs)
 $$;
 
 create or replace function notifyq.cancel(job bigint) returns boolean
@@ -185,39 +201,68 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     q notifyq.queue := notifyq.queue_named(delete_all.queue);
-    states constant text[] := case delete_all.state
-        when 'waiting' then array['scheduled', 'ready']
-        when 'finished' then array['completed', 'failed', 'cancelled']
+    finished constant text[] := '{completed,failed,cancelled}';
+    states constant text[] := case coalesce(delete_all.state, 'all')
+        when 'all' then '{scheduled,ready,active,completed,failed,cancelled}'
+        when 'waiting' then '{scheduled,ready}'
+        when 'finished' then finished
         else array[delete_all.state]
     end;
+    batch constant int := 10000;
     doomed bigint[];
     deleted bigint := 0;
+    last_id bigint := 0;
 begin
-    if delete_all.state not in ('waiting', 'finished', 'scheduled', 'ready', 'active', 'completed', 'failed', 'cancelled') then
+    if not states <@ '{scheduled,ready,active,completed,failed,cancelled}' then
         raise exception 'not a state: %', quote_literal(delete_all.state)
         using errcode = 'NQ003', hint = 'States are waiting, finished, scheduled, ready, active, completed, failed and cancelled.';
     end if;
-    loop
-        select array_agg(t.id) into doomed
-        from (
-            (select s.job as id from notifyq.scheduled s where s.queue = q.number and (delete_all.state is null or 'scheduled' = any (states)) limit 10000)
-            union all
-            (select r.job from notifyq.ready r where r.queue = q.number and (delete_all.state is null or 'ready' = any (states)) limit 10000)
-            union all
-            (select a.job from notifyq.active a where a.queue = q.number and (delete_all.state is null or 'active' = any (states)) limit 10000)
-            union all
-            (select a.id from notifyq.archive a where a.queue = q.number and (delete_all.state is null or a.state = any (states)) limit 10000)
-        ) t;
-        exit when doomed is null;
-        deleted := deleted + cardinality(notifyq.delete(doomed));
+    if states && '{scheduled,ready,active}' then
+        loop
+            doomed := array(
+                (select s.job from notifyq.scheduled s where s.queue = q.number and 'scheduled' = any (states) limit batch)
+                union all
+                (select r.job from notifyq.ready r where r.queue = q.number and 'ready' = any (states) limit batch)
+                union all
+                (select a.job from notifyq.active a where a.queue = q.number and 'active' = any (states) limit batch)
+            );
+            exit when doomed = '{}';
+            deleted := deleted + cardinality(notifyq.delete_in(states, doomed));
+        end loop;
+    end if;
+    -- By id, so that a large archive is walked once and not once a batch.
+    while states && finished loop
+        doomed := array(select a.id from notifyq.archive a where a.id > last_id and a.queue = q.number and a.state = any (states) order by a.id limit batch);
+        exit when doomed = '{}';
+        deleted := deleted + cardinality(notifyq.delete_in(states, doomed));
+        last_id := doomed[cardinality(doomed)];
     end loop;
     return deleted;
 end
 $$;
 
--- Sends the waiting jobs of a dead-letter queue back to the queues they came from, oldest
--- first: all, those of one source, those whose last error has this type, at most how_many.
--- A job whose source no longer exists stays. preview: only says what would go, new_id null.
+-- The dead letters ready in a queue whose source still exists, oldest first, and that source.
+create or replace function notifyq.redrivable(dead_letter int, source text, error_type text, how_many int)
+returns table (job bigint, number bigint, priority smallint, source_name text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+as $$
+    select r.job, r.number, r.priority, s.name
+    from notifyq.ready r
+    join notifyq.job j on j.id = r.job
+    join notifyq.queue s on s.name = j.provenance ->> 'queue'
+    where r.queue = redrivable.dead_letter
+    and s.number <> redrivable.dead_letter
+    and (redrivable.source is null or s.name = redrivable.source)
+    and (redrivable.error_type is null or j.provenance -> 'error' ->> 'type' = redrivable.error_type)
+    order by r.priority desc, r.number
+    limit redrivable.how_many
+$$;
+
+-- Sends dead letters that are ready back to the queues they came from, oldest first: all, those
+-- of one source, those whose last error has this type, at most how_many. A job whose source no
+-- longer exists stays. preview: only says what would go, new_id null. What came back from a queue of
+-- dead letters of dead letters has its earlier provenance again.
 -- Locks: tickets, stepping over those that others hold; then jobs.
 create or replace function notifyq.redrive(
     dead_letter text,
@@ -232,6 +277,7 @@ as $$
 #variable_conflict use_column
 declare
     dead notifyq.queue := notifyq.queue_named(redrive.dead_letter);
+    moved record;
 begin
     if redrive.how_many < 1 then
         raise exception 'how_many must be 1 or more, not %', redrive.how_many using errcode = 'NQ003';
@@ -239,23 +285,22 @@ begin
     if redrive.source is not null then
         perform notifyq.queue_named(redrive.source);
     end if;
-    return query
+    if redrive.preview then
+        return query
+        select c.job, c.source_name, null::bigint
+        from notifyq.redrivable(dead.number, redrive.source, redrive.error_type, redrive.how_many) c
+        order by c.job;
+        return;
+    end if;
     with chosen as materialized (
-        select r.ctid as place, r.job, s.name, case when not redrive.preview then nextval('notifyq.job_id_seq') end as new_id
-        from notifyq.ready r
-        join notifyq.job j on j.id = r.job
-        join notifyq.queue s on s.name = j.provenance ->> 'queue'
-        where r.queue = dead.number
-        and (redrive.source is null or s.name = redrive.source)
-        and (redrive.error_type is null or j.provenance -> 'error' ->> 'type' = redrive.error_type)
-        order by r.priority desc, r.number
-        limit redrive.how_many
+        select r.ctid as place, r.job, c.source_name, nextval('notifyq.job_id_seq') as new_id
+        from notifyq.redrivable(dead.number, redrive.source, redrive.error_type, redrive.how_many) c
+        join notifyq.ready r on r.queue = dead.number and r.priority = c.priority and r.number = c.number
         for update of r skip locked
     ), ticket as (
         delete from notifyq.ready r
         using chosen c
         where r.ctid = c.place
-        and c.new_id is not null
         returning r.job
     ), gone as (
         delete from notifyq.job j
@@ -265,10 +310,10 @@ begin
     ), again as (
         insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, provenance)
         select c.new_id, q.number, g.data, g.headers, coalesce((g.provenance ->> 'priority')::smallint, q.priority),
-            q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, g.provenance
+            q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, nullif(g.provenance -> 'provenance', 'null')
         from gone g
         join chosen c on c.job = g.id
-        join notifyq.queue q on q.name = c.name
+        join notifyq.queue q on q.name = c.source_name
         returning id, queue, priority
     ), rung as (
         insert into notifyq.ready (queue, priority, number, job)
@@ -276,8 +321,12 @@ begin
         from again a
         order by a.id
     )
-    select c.job, c.name, c.new_id
-    from chosen c
-    order by c.job;
+    select array_agg(c.job) as jobs, array_agg(c.source_name) as queues, array_agg(c.new_id) as new_ids
+    into moved
+    from chosen c;
+    perform notifyq.forget(moved.jobs);
+    return query
+    select * from unnest(moved.jobs, moved.queues, moved.new_ids) m (job)
+    order by m.job;
 end
 $$;

@@ -37,6 +37,7 @@ create or replace function notifyq.beat(
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 as $$
 begin
@@ -62,6 +63,14 @@ begin
         select min(a.deadline) from notifyq.active a where a.runtime is null
     ) l;
 end
+$$;
+
+-- Says that a runtime claims no more: it is finishing what it runs.
+create or replace function notifyq.stop(runtime uuid) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    update notifyq.runtime r set stopping = true where r.id = stop.runtime
 $$;
 
 -- The jobs a runtime still holds: after a reconnect it cancels the handlers of all others.
@@ -112,6 +121,7 @@ $$;
 create or replace function notifyq.recover(lost notifyq.active[]) returns table (job bigint, state text)
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
@@ -136,12 +146,8 @@ begin
     from unnest(back) b
     join notifyq.job j on j.id = b.job
     order by b.number;
-    if failed is not null then
-        perform notifyq.finish(failed, 'failed');
-    end if;
-    if cancelled is not null then
-        perform notifyq.finish(cancelled, 'cancelled');
-    end if;
+    perform notifyq.finish(failed, 'failed');
+    perform notifyq.finish(cancelled, 'cancelled');
     return query
     select b.job, 'ready' from unnest(back) b
     union all

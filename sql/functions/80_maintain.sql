@@ -1,12 +1,14 @@
--- Maintenance: archive leaves made ahead and dropped, old rows purged, waiting jobs expired.
+-- Maintenance: waiting jobs expired, old rows purged, archive leaves made ahead and dropped.
 -- Any runtime may call these; each does nothing while another session is at it.
 
--- Fails waiting jobs whose time is over, as 'expired'; returns how many. Locks: tickets, jobs.
+-- Fails jobs whose time is over before their first attempt has started, as 'expired'; returns how
+-- many. claim() does the same for those it meets. Locks: tickets, jobs.
 create or replace function notifyq.expire(how_many int default 1000) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    moment constant timestamptz := clock_timestamp();
     ended notifyq.active[];
 begin
     if not pg_try_advisory_xact_lock(notifyq.lock_class('expire'), 0) then
@@ -16,18 +18,18 @@ begin
     from notifyq.leave_waiting(array(
         select j.id
         from notifyq.job j
-        where j.expires_at <= clock_timestamp()
-        and not exists (select from notifyq.active a where a.job = j.id)
+        where j.expires_at <= moment
+        and (
+            exists (select from notifyq.ready r where r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.attempt = 0)
+            or exists (select from notifyq.ready r where r.job = j.id and r.number <> r.job and r.attempt = 0)
+            or exists (select from notifyq.scheduled s where s.job = j.id and s.attempt = 0)
+        )
         limit expire.how_many
     )) w;
     if ended is null then
         return 0;
     end if;
-    insert into notifyq.attempt (job, attempt, type, message)
-    select e.job, e.attempt, 'expired', 'not started in its time, which ended at ' || j.expires_at
-    from unnest(ended) e
-    join notifyq.job j on j.id = e.job;
-    perform notifyq.finish(ended, 'failed');
+    perform notifyq.end_expired(ended);
     return cardinality(ended);
 end
 $$;
@@ -70,20 +72,19 @@ begin
 end
 $$;
 
--- Makes the archive's leaves for today and the days ahead, and drops those whose day has come;
--- returns how many of either. SECURITY DEFINER: runtimes have no right to create tables.
+-- Makes the archive's leaves for today and the days ahead; returns how many. SECURITY DEFINER, as
+-- drop_leaf(): runtimes have no right to create tables.
 --
 -- A leaf is made apart and attached, since CREATE … PARTITION OF waits for every reader while
--- every completion waits for it. An old one is emptied, then dropped under a short
--- lock_timeout; what could not be done now is done the next time.
-create or replace function notifyq.turn_leaves(days_ahead int default 3) returns int
+-- every completion waits for it. What could not be done now is done the next time.
+create or replace function notifyq.make_leaves(days_ahead int default 3) returns int
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '100ms'
 as $$
 declare
     leaf record;
-    turned int := 0;
+    made int := 0;
 begin
     if not pg_try_advisory_xact_lock(notifyq.lock_class('leaves'), 0) then
         return 0;
@@ -91,7 +92,7 @@ begin
     for leaf in
         select d.day, 'archive_' || to_char(d.day, 'YYYYMMDD') as name, min(ahead) = 0 as in_use
         from notifyq.queue q
-        cross join generate_series(0, turn_leaves.days_ahead) ahead
+        cross join generate_series(0, least(make_leaves.days_ahead, 31)) ahead
         cross join lateral (select notifyq.leaves_on(q.retention) + ahead as day) d
         where q.retention > '0'
         and q.retention <= interval '31 days'
@@ -107,35 +108,56 @@ begin
             end if;
             execute format('create table notifyq.%I (like notifyq.archive including defaults including constraints including indexes)', leaf.name);
             execute format('alter table notifyq.archive attach partition notifyq.%I for values from (%L) to (%L)', leaf.name, leaf.day, leaf.day + 1);
-            turned := turned + 1;
-        exception when lock_not_available or deadlock_detected then
-            null;
+            made := made + 1;
+        exception when lock_not_available or deadlock_detected or check_violation then
+            null; -- check_violation: a row of that day reached the default leaf before we had the lock
         end;
     end loop;
-    for leaf in
-        select c.relname as name
-        from pg_inherits i
-        join pg_class c on c.oid = i.inhrelid
-        where i.inhparent = 'notifyq.archive'::regclass
-        and c.relname ~ '^archive_[0-9]{8}$'
-        and c.relname <= 'archive_' || to_char(now() at time zone 'utc', 'YYYYMMDD')
-    loop
-        begin
-            execute format('delete from notifyq.attempt a using notifyq.%I l where a.job = l.id', leaf.name);
-            execute format('delete from notifyq.id_key k using notifyq.%I l where k.job = l.id', leaf.name);
-            execute format('truncate notifyq.%I', leaf.name);
-            execute format('drop table notifyq.%I', leaf.name);
-            turned := turned + 1;
-        exception when lock_not_available or deadlock_detected then
-            null;
-        end;
-    end loop;
-    return turned;
+    return made;
 end
 $$;
 
--- All of it, and what runtimes do for themselves: an installation without one calls this from
--- cron. True: a batch was full, so there is more to do at once.
+-- Drops one of the archive's leaves whose day has come, with what is remembered of its jobs; true
+-- if there was one. In a transaction of its own: others wait for it.
+--
+-- The leaf is emptied, then dropped under a short lock_timeout: a plain DROP would wait for every
+-- reader of the archive while every completion waits for it.
+create or replace function notifyq.drop_leaf() returns boolean
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
+as $$
+declare
+    leaf text;
+begin
+    if not pg_try_advisory_xact_lock(notifyq.lock_class('leaves'), 0) then
+        return false;
+    end if;
+    select c.relname into leaf
+    from pg_inherits i
+    join pg_class c on c.oid = i.inhrelid
+    where i.inhparent = 'notifyq.archive'::regclass
+    and c.relname ~ '^archive_[0-9]{8}$'
+    and c.relname <= 'archive_' || to_char(now() at time zone 'utc', 'YYYYMMDD')
+    order by c.relname
+    limit 1;
+    if leaf is null then
+        return false;
+    end if;
+    -- A job that is being retried or resumed keeps its key and its errors: no row leaves from here on.
+    execute format('lock table notifyq.%I in share row exclusive mode', leaf);
+    execute format('delete from notifyq.attempt a using notifyq.%I l where a.job = l.id', leaf);
+    execute format('delete from notifyq.id_key k using notifyq.%I l where k.job = l.id', leaf);
+    execute format('truncate notifyq.%I', leaf);
+    execute format('drop table notifyq.%I', leaf);
+    return true;
+exception when lock_not_available or deadlock_detected then
+    return false;
+end
+$$;
+
+-- All of it, for an installation without runtimes: call it from cron. True: a batch was full, so
+-- there is more to do at once. Runtimes call each part in a transaction of its own.
 create or replace function notifyq.maintain() returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -144,10 +166,10 @@ declare
     more boolean;
 begin
     perform notifyq.rescue();
-    more := notifyq.promote() = 1000;
-    more := notifyq.expire() = 1000 or more;
+    perform notifyq.make_leaves();
+    more := notifyq.expire() = 1000;
     more := notifyq.purge() = 1000 or more;
-    perform notifyq.turn_leaves();
+    more := notifyq.drop_leaf() or more;
     return more;
 end
 $$;

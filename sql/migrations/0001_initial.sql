@@ -16,13 +16,13 @@ create table notifyq.queue (
     number int generated always as identity primary key,
     name text not null unique check (name ~ '^[A-Za-z0-9_./-]{1,100}$'),
     retry_limit int not null default 2 check (retry_limit between 0 and 1000),
-    retry_delay interval not null default '1 second' check (retry_delay >= '0'),
-    retry_delay_max interval not null default '1 hour' check (retry_delay_max >= '0'),
+    retry_delay interval not null default '1 second' check (retry_delay between '0' and '100 years'),
+    retry_delay_max interval not null default '1 hour' check (retry_delay_max between '0' and '100 years'),
     retry_backoff boolean not null default true,
-    timeout interval not null default '15 minutes' check (timeout > '0'),
+    timeout interval not null default '15 minutes' check (timeout > '0' and timeout <= '100 years'),
     priority smallint not null default 0,
-    retention interval default '7 days' check (retention >= '0'),
-    expire_in interval check (expire_in > '0'),
+    retention interval default '7 days' check (retention between '0' and '100 years'),
+    expire_in interval check (expire_in > '0' and expire_in <= '100 years'),
     dead_letter int references notifyq.queue (number) check (dead_letter <> number),
     max_data_bytes int not null default 1048576 check (max_data_bytes > 0),
     bell text not null default 'always' check (bell in ('always', 'never')),
@@ -47,7 +47,7 @@ create table notifyq.job (
     provenance jsonb,
     data jsonb
 );
--- maintain(): which waiting jobs have expired.
+-- expire(): which waiting jobs have expired.
 create index job_expires_at on notifyq.job (expires_at) where expires_at is not null;
 
 -- number orders tickets of one priority; it comes from job's id sequence, and an immediate
@@ -66,7 +66,7 @@ create unique index ready_renumbered on notifyq.ready (job) where number <> job;
 
 create table notifyq.scheduled (
     job bigint primary key,
-    due_at timestamptz not null,
+    due_at timestamptz not null check (isfinite(due_at)),
     queue int not null,
     attempt int not null default 0
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);

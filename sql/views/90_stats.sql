@@ -1,17 +1,5 @@
 -- What people and BI tools read. A job is found by id through indexes alone.
 
--- The last failed attempt of a job.
-create or replace function notifyq.last_error(job bigint) returns jsonb
-language sql stable
-set search_path = pg_catalog, pg_temp
-as $$
-    select jsonb_build_object('type', a.type, 'message', a.message, 'traceback', a.traceback, 'attempt', a.attempt, 'failed_at', a.failed_at)
-    from notifyq.attempt a
-    where a.job = last_error.job
-    order by a.attempt desc, a.failed_at desc
-    limit 1
-$$;
-
 create or replace view notifyq.jobs as
 select
     j.id,
@@ -27,7 +15,7 @@ select
     j.priority,
     j.data,
     null::jsonb as output,
-    notifyq.last_error(j.id) as error,
+    last.error,
     a.progress,
     j.sent_at,
     s.due_at,
@@ -47,6 +35,13 @@ left join notifyq.active a on a.job = j.id
 left join notifyq.scheduled s on s.job = j.id
 left join notifyq.ready r on r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.job = j.id
 left join notifyq.ready m on m.job = j.id and m.number <> m.job
+left join lateral (
+    select jsonb_build_object('type', e.type, 'message', e.message, 'traceback', e.traceback, 'attempt', e.attempt, 'failed_at', e.failed_at) as error
+    from notifyq.attempt e
+    where e.job = j.id
+    order by e.attempt desc, e.failed_at desc
+    limit 1
+) last on true
 union all
 select
     j.id,
@@ -58,7 +53,7 @@ select
     j.priority,
     j.data,
     j.output,
-    notifyq.last_error(j.id),
+    last.error,
     null,
     j.sent_at,
     null,
@@ -73,7 +68,14 @@ select
     j.headers,
     j.provenance
 from notifyq.archive j
-join notifyq.queue q on q.number = j.queue;
+join notifyq.queue q on q.number = j.queue
+left join lateral (
+    select jsonb_build_object('type', e.type, 'message', e.message, 'traceback', e.traceback, 'attempt', e.attempt, 'failed_at', e.failed_at) as error
+    from notifyq.attempt e
+    where e.job = j.id
+    order by e.attempt desc, e.failed_at desc
+    limit 1
+) last on true;
 comment on view notifyq.jobs is 'Every job, live or kept: retrying says that it waits for its next attempt.';
 
 create or replace view notifyq.queue_stats as
@@ -93,7 +95,7 @@ select
         ) t
         join notifyq.job j on j.id = t.job
     ) as head_age,
-    notifyq.next_due(q.number) as next_due,
+    (select s.due_at from notifyq.scheduled s where s.queue = q.number order by s.due_at limit 1) as next_due,
     coalesce(s.due, 0) as due,
     f.last_finished_at
 from notifyq.queue q

@@ -17,7 +17,9 @@ The flow, and where it is: send (``_client``, ``sql/functions/10_send.sql``) →
 ``40_complete.sql``).
 """
 
-from ._client import Client, connect
+from . import events
+from ._client import Client
+from ._connect import connect
 from ._errors import (
     ClientClosed,
     ConnectionLost,
@@ -29,6 +31,7 @@ from ._errors import (
     MissingPrivilege,
     NotifyqError,
     SchemaMismatch,
+    ServerTrouble,
     UnknownQueue,
 )
 from ._models import Job, JobRecord, NewJob, SendOptions, Sent
@@ -60,9 +63,11 @@ __all__ = [
     "SchemaMismatch",
     "SendOptions",
     "Sent",
+    "ServerTrouble",
     "Snooze",
     "UnknownQueue",
     "__version__",
     "connect",
+    "events",
     "run",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import psycopg
+
 from ._cli import cli
 from ._errors import NotifyqError
 
@@ -12,8 +14,8 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed with one readable line, 2 wrong usage."""
     try:
         cli(prog_name="notifyq")
-    except NotifyqError as error:
-        print(f"notifyq: {error}", file=sys.stderr)
+    except (NotifyqError, psycopg.Error) as error:
+        print(f"notifyq: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,16 +9,18 @@ import math
 import random
 from typing import TYPE_CHECKING
 
+import psycopg
 import trio
 
-from ._errors import ConnectionLost
-from ._events import HandlerStuck
+from ._bell import Bell
+from ._errors import NotifyqError
+from .events import LeaseGivenUp, ServerTrouble
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ._events import Events
-    from ._store import Beat
+    from ._models import Beat
+    from .events import Events
 
 __all__ = ["Heart"]
 
@@ -27,22 +29,25 @@ RETRY = 0.5
 
 
 class Heart:
-    """Beats every 5 to 6 s with the default lease of 12 s (5/12 to 1/2 of the lease)."""
+    """Beats every 5 to 6 s with the default lease of 12 s (5/12 to 1/2 of the lease), and when asked to."""
 
     def __init__(
         self,
+        runtime: str,
         lease: float,
         *,
         beat: Callable[[], Awaitable[Beat]],
         register: Callable[[], Awaitable[None]],
-        told: Callable[[Beat], Awaitable[None]],
-        lost: Callable[[], Awaitable[None]],
+        told: Callable[[Beat], object],
+        lost: Callable[[], object],
         events: Events,
     ) -> None:
-        """``register`` lets go of all jobs and begins a new lease; ``told`` gets what each beat said.
+        """``register`` lets go of all jobs, here and in the database, and begins a new lease.
 
-        ``lost`` is called once when the lease lapsed, or is about to.
+        ``told`` gets what each beat said.
+        ``lost`` is called when the lease lapsed, or is about to.
         """
+        self._runtime = runtime
         self._lease = lease
         self._beat = beat
         self._register = register
@@ -51,23 +56,28 @@ class Heart:
         self._events = events
         self._random = random.Random()
         self._held_until = -math.inf
+        self._asked = Bell()
+        self._failing = False
+
+    def soon(self) -> None:
+        """Beat at once: there is something to be told."""
+        self._asked.ring()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Beat until cancelled. Started after the first beat."""
         self._held_until = trio.current_time() + self._lease
         await self._beat_once()
         task_status.started()
-        interval = self._random.uniform(5 / 12, 1 / 2) * self._lease
+        beaten = True
+        last = trio.current_time()
         while True:
-            woken = trio.current_time() + interval
-            await trio.sleep_until(woken)
-            late = trio.current_time() - woken
-            if late > self._lease / 4:
-                self._events.emit(
-                    HandlerStuck(f"the event loop was blocked for {late:.1f} s: run blocking code in a sync worker")
-                )
+            # From the start of the last beat: a slow one does not put off the next.
+            pause = self._random.uniform(5 / 12, 1 / 2) * self._lease if beaten else RETRY
+            with trio.move_on_at(last + pause):
+                await self._asked.wait()
+            self._asked.clear()
+            last = trio.current_time()
             beaten = await self._beat_once()
-            interval = self._random.uniform(5 / 12, 1 / 2) * self._lease if beaten else RETRY
 
     async def _beat_once(self) -> bool:
         """Beat; give the lease up in time if that fails. True if it is renewed."""
@@ -75,28 +85,30 @@ class Heart:
         # Own handlers end before the lease does: what is left of it, less a margin for them to end in.
         margin = self._lease / 6
         if started >= self._held_until - margin:
-            await self._give_up()
+            self._give_up()
         given_up = self._held_until == -math.inf
         try:
             with trio.move_on_at(started + self._lease / 2 if given_up else self._held_until - margin) as patience:
                 beat = await self._beat()
-        except ConnectionLost:
-            return False
-        if patience.cancelled_caught:
-            await self._give_up()
-            return False
-        if given_up or not beat.renewed:
-            # What is still ours in the database was cancelled here: start with empty hands.
-            await self._give_up()
-            try:
-                await self._register()
-            except ConnectionLost:
+            if patience.cancelled_caught:
+                self._give_up()
                 return False
+            if given_up or not beat.renewed:
+                # What is still ours in the database was cancelled here: start with empty hands.
+                self._give_up()
+                await self._register()
+        except (NotifyqError, psycopg.Error) as error:
+            if not self._failing:
+                self._events.emit(ServerTrouble("beat", str(error)))
+            self._failing = True
+            return False
+        self._failing = False
         self._held_until = started + self._lease
-        await self._told(beat)
+        self._told(beat)
         return True
 
-    async def _give_up(self) -> None:
+    def _give_up(self) -> None:
         if self._held_until != -math.inf:
             self._held_until = -math.inf
-            await self._lost()
+            self._events.emit(LeaseGivenUp(self._runtime))
+            self._lost()

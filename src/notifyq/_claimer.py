@@ -8,18 +8,19 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import attrs
+import psycopg
 import trio
 
 from ._backoff import reconnect_delay
 from ._bell import Bell
-from ._errors import ConnectionLost, NoLease
-from ._events import JobClaimed
+from ._errors import NoLease, NotifyqError
+from .events import JobClaimed, ServerTrouble
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Container
 
-    from ._events import Events
     from ._models import Claimed
+    from .events import Events
 
 __all__ = ["Claimer", "demand"]
 
@@ -44,6 +45,10 @@ TRAIL_SECONDS = 1.0
 MEASURE_SECONDS = 0.02
 MEASURE_COUNT = 10
 """A sample of the rate is either so many seconds of work or so many jobs."""
+
+STALE_SECONDS = 1.0
+"""A job that has waited here so long for a slot is handed back: the work has become slower than it was when it was claimed,
+somebody else may have a slot free, and the deadline in the database has been running."""
 
 DUE_AGAIN = 0.01
 """Seconds until a due ticket that another runtime is promoting is looked for again."""
@@ -108,6 +113,10 @@ class Rate:
             self._busy_seconds += now - self._busy_since
             self._busy_since = None
 
+    def reset(self) -> None:
+        """What was observed holds no longer."""
+        self.per_second, self._count, self._busy_seconds = 0.0, 0, 0.0
+
     def measure(self, now: float) -> float:
         """The rate up to now, half of it from what happened since the last time."""
         if self._busy_since is not None:
@@ -131,9 +140,13 @@ class Claimer:
         poll_interval: float | None,
         claim: Callable[[int, dict[int, int] | None], Awaitable[list[Claimed]]],
         next_due: Callable[[], Awaitable[tuple[float | None, float]]],
+        release: Callable[[Claimed], object],
         events: Events,
     ) -> None:
-        """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue."""
+        """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue.
+
+        ``release`` hands back a job that did not start; it never waits.
+        """
         self.queue = queue
         self.bell = Bell()
         self._rate = Rate()
@@ -141,6 +154,7 @@ class Claimer:
         self._poll_interval = poll_interval
         self._claim = claim
         self._next_due = next_due
+        self._release = release
         self._events = events
         self._floor = Floor()
         self._buffer: deque[Claimed] = deque()
@@ -165,7 +179,7 @@ class Claimer:
                 self._floor.lower(int(priority), int(number))
             elif kind == "d" and self._clock_offset is not None:
                 due_at = float(rest) + self._clock_offset
-                if due_at >= self._due_at:
+                if not due_at < self._due_at:
                     return
                 self._due_at = due_at
             else:
@@ -179,6 +193,13 @@ class Claimer:
         self._looked_at = -math.inf
         self._due_unknown = True
         self.bell.ring()
+
+    def due_in(self, seconds: float) -> None:
+        """The beat saw a ticket that is due in so many seconds."""
+        due_at = trio.current_time() + seconds
+        if due_at < self._due_at - DUE_AGAIN:
+            self._due_at = max(due_at, trio.current_time() + DUE_AGAIN)
+            self.bell.ring()
 
     def poll(self) -> None:
         """The beat saw ready jobs: look, unless the queue's own poll interval says that it is too early."""
@@ -207,6 +228,14 @@ class Claimer:
         self._buffer.clear()
         return jobs
 
+    def drop(self, job_ids: Container[int]) -> list[Claimed]:
+        """Take these jobs out, as far as they have not been taken."""
+        dropped = [job for job in self._buffer if job.id in job_ids]
+        if dropped:
+            self._buffer = deque(job for job in self._buffer if job.id not in job_ids)
+            self._room.ring()
+        return dropped
+
     def waiting(self) -> set[tuple[int, int]]:
         """The attempts that have not been taken, as (job, attempt)."""
         return {(job.id, job.attempt) for job in self._buffer}
@@ -220,12 +249,15 @@ class Claimer:
         failures = 0
         while True:
             await self._wait_for_work()
+            self._hand_back_stale()
             try:
                 await self._drain()
                 if self._due_unknown or self._due_at <= trio.current_time():
                     await self._learn_due()
                 failures = 0
-            except (ConnectionLost, NoLease):
+            except (NotifyqError, psycopg.Error) as error:
+                if failures == 0 and not isinstance(error, NoLease):
+                    self._events.emit(ServerTrouble("claim", f"queue {self.queue}: {error}"))
                 failures += 1
                 await trio.sleep(reconnect_delay(failures, self._random))
                 self.look_again()
@@ -234,16 +266,28 @@ class Claimer:
         wake_at = self._due_at
         if self._poll_interval is not None:
             wake_at = min(wake_at, max(self._looked_at, 0) + self._poll_interval)
+        wake_at = min(wake_at, self._stale_at())
         if wake_at == math.inf:
             await self.bell.wait()
         else:
             with trio.move_on_at(wake_at):
                 await self.bell.wait()
 
+    def _stale_at(self) -> float:
+        return self._buffer[0].claimed_at + STALE_SECONDS if self._buffer else math.inf
+
+    def _hand_back_stale(self) -> None:
+        if trio.current_time() < self._stale_at():
+            return
+        self._rate.reset()
+        for job in self.take_back():
+            self._release(job)
+
     async def _drain(self) -> None:
         # One look from the beginning finds all; only when such looks are dear is the floor tried first.
         dry = self._look_seconds < CHEAP_LOOK
         while True:
+            await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self._wait_room()
             self.bell.clear()
             now = trio.current_time()
@@ -275,12 +319,16 @@ class Claimer:
             how_many = demand(self._capacity, self._running, len(self._buffer), per_second)
             if how_many:
                 return how_many
-            await self._room.wait()
+            with trio.move_on_at(self._stale_at()):
+                await self._room.wait()
+            self._hand_back_stale()
 
     def _deliver(self, jobs: list[Claimed]) -> None:
         now = trio.current_time()
         self._floor.claimed(jobs, now)
         self._rate.busy(now)
+        for job in jobs:
+            job.claimed_at = now
         self._buffer.extend(jobs)
         self._takers.unpark(count=len(jobs))
         if self._events.wants(JobClaimed):

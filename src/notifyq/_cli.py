@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,10 +16,12 @@ import attrs
 import click
 import trio
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import _schema
-from ._client import Client, connect, resolve_dsn
+from ._client import Client
+from ._connect import connect, resolve_dsn
 from ._connection import open_connection
 from ._errors import InvalidData, InvalidOption
 from ._queue import Queue
@@ -36,7 +41,12 @@ class Target:
     """Which installation the command is about."""
 
     dsn: str | None = attrs.field(repr=False)
-    schema: str
+    given_schema: str | None
+
+    @property
+    def schema(self) -> str:
+        """Its schema."""
+        return self.given_schema or "notifyq"
 
     def ask(self, question: Callable[[Client], Awaitable[T]]) -> T:
         """Run something with a client of an installed schema."""
@@ -52,36 +62,43 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--dsn", envvar="DATABASE_URL", help="The database, as a URI or key=value pairs.  [env: DATABASE_URL]")
-@click.option("--schema", default="notifyq", show_default=True, help="The schema of the installation.")
+@click.option("--dsn", help="The database, as a URI or key=value pairs.  [default: the environment's DATABASE_URL]")
+@click.option("--schema", help="The schema of the installation.  [default: notifyq]")
 @click.version_option(_schema.VERSION)
 @click.pass_context
-def cli(context: click.Context, dsn: str | None, schema: str) -> None:
+def cli(context: click.Context, dsn: str | None, schema: str | None) -> None:
     """A PostgreSQL job queue."""
-    context.obj = Target(dsn, check_schema_name(schema))
+    context.obj = Target(dsn, None if schema is None else check_schema_name(schema))
 
 
 @cli.command()
 @click.argument("app", metavar="MODULE:RUNTIME")
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1, 256), help="Worker processes.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every job.")
+@click.option("--supervised", is_flag=True, hidden=True, help="Stop when stdin is closed.")
 @click.pass_obj
-def run(target: Target, app: str, processes: int, verbose: bool) -> None:
-    """Run the workers of a runtime until SIGTERM or SIGINT; a second signal stops at once."""
+def run(target: Target, app: str, processes: int, verbose: bool, supervised: bool) -> None:
+    """Run the workers of a runtime until SIGTERM or SIGINT; a second signal stops at once.
+
+    The database is the one of --dsn, else the one that MODULE's Runtime names, else DATABASE_URL's.
+    """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     runtime = load_runtime(app)
-    resolve_dsn(target.dsn if target.dsn is not None else runtime.dsn)
+    runtime.dsn = resolve_dsn(runtime.dsn if target.dsn is None else target.dsn)
+    runtime.schema = target.given_schema or runtime.schema
     if processes == 1:
-        runtime.dsn = runtime.dsn if target.dsn is None else target.dsn
-        trio.run(run_until_signal, runtime)
+        trio.run(partial(run_until_signal, runtime, supervised=supervised))
     else:
         from ._supervisor import supervise
 
-        arguments = ["--schema", target.schema, "run", app, *(["-v"] if verbose else [])]
-        sys.exit(trio.run(supervise, arguments, processes))
+        options = ["-v"] if verbose else []
+        # In the environment, since others can read a command line; a Runtime that names a database names the same there.
+        arguments = ["--schema", runtime.schema, "run", app, "--supervised", *options]
+        environment = {**os.environ, "DATABASE_URL": runtime.dsn}
+        sys.exit(trio.run(supervise, arguments, processes, environment))
 
 
 def load_runtime(app: str) -> Runtime:
@@ -290,7 +307,7 @@ def show(rows: Iterable[Mapping[str, Any]], as_json: bool, title: str, *, single
     """Print rows as JSON (an object if ``single``), or as a table with a title; a single row as its title alone."""
     rows = list(rows)
     if as_json:
-        print(json.dumps(rows[0] if single else rows, default=str))
+        print(json.dumps(rows[0] if single else rows, default=_plain))
     elif single:
         print(title)
     elif not rows:
@@ -300,8 +317,15 @@ def show(rows: Iterable[Mapping[str, Any]], as_json: bool, title: str, *, single
         for column in rows[0]:
             table.add_column(column)
         for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
+            table.add_row(*(escape(_cell(value)) for value in row.values()))
         Console().print(table)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no type for: durations in seconds, moments in ISO 8601, the rest as text."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _cell(value: Any) -> str:

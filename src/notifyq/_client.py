@@ -3,123 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args, overload
 
-import psycopg
-import trio
-
-from . import _schema
 from ._codec import from_json, to_json
-from ._connection import open_connection
-from ._errors import ClientClosed, ConnectionLost, InvalidOption, JobFailed, JobNotFound, LeaseLost
-from ._events import Events
-from ._listener import Listener
-from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent
-from ._pool import Pool
-from ._queue import Queue
-from ._sql import check_schema_name, translated
-from ._store import Store
+from ._errors import ClientClosed, InvalidData, InvalidOption, JobFailed, LeaseLost
+from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent, State
+from ._queue import Queue, job_of
+from ._results import Results, has_finished
+from ._sql import seconds, whole
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from datetime import timedelta
 
     from ._connection import TrioConnection
+    from ._listener import Listener
+    from ._pool import Pool
+    from ._store import Store
 
 T = TypeVar("T")
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client"]
 
 ANY = Queue[Any, Any]
-
-RESULT_POLL = 5.0
-"""Seconds between looks for a result when no announcement comes; 1 s while the listener is down."""
-
-
-def resolve_dsn(dsn: str | None) -> str:
-    """The DSN given, or ``DATABASE_URL``. Raises ``InvalidOption``, which never quotes it, if there is none or it is bad."""
-    found = dsn if dsn is not None else os.environ.get("DATABASE_URL")
-    if not found:
-        raise InvalidOption("no database: give dsn=..., or set DATABASE_URL=postgresql://user@host:5432/database")
-    try:
-        psycopg.conninfo.conninfo_to_dict(found)
-    except psycopg.ProgrammingError as error:
-        reason = str(error).strip().replace(found, "…")
-        raise InvalidOption(
-            f"the DSN is not one ({reason.split(':')[0]}): use postgresql://user@host:5432/database, or key=value pairs"
-        ) from None
-    return found
-
-
-async def prepare(dsn: str, schema: str, *, migrate: bool, patience: float) -> None:
-    """Reach the server within ``patience`` seconds and bring the schema up to date, or check that it is.
-
-    Raises ``ConnectionLost``, ``SchemaMismatch`` and ``MissingPrivilege``.
-    """
-    deadline = trio.current_time() + patience
-    while True:
-        try:
-            with translated():
-                connection = await open_connection(dsn, connect_timeout=max(2, int(patience)))
-            break
-        except ConnectionLost as error:
-            if trio.current_time() + 0.5 > deadline:
-                raise ConnectionLost(f"cannot reach the server within {patience:g} s: {error.__cause__}") from error
-            await trio.sleep(0.5)
-    try:
-        if migrate:
-            await _schema.apply(connection, schema)
-        else:
-            await _schema.check(connection, schema)
-    finally:
-        await connection.close()
-
-
-@contextlib.asynccontextmanager
-async def connect(
-    dsn: str | None = None,
-    *,
-    schema: str = "notifyq",
-    migrate: bool = True,
-    pool_size: int = 10,
-    connect_timeout: float = 10.0,
-) -> AsyncIterator[Client]:
-    """Open a client for the block.
-
-    Args:
-        dsn: a PostgreSQL URI or key=value string (default: the environment's ``DATABASE_URL``).
-        schema: the schema that holds this installation.
-        migrate: install or upgrade it if need be; False for a role that may not, which is told if it does not fit.
-        pool_size: most connections at once, opened when needed.
-        connect_timeout: seconds to reach the server at first, and later to wait for a free connection.
-
-    Raises:
-        InvalidOption: no DSN, or a bad one; a bad schema name.
-        ConnectionLost: the server could not be reached in time.
-        SchemaMismatch: the schema is newer, or ``migrate=False`` and it is missing or older.
-        MissingPrivilege: the role may not install it.
-    """
-    dsn = resolve_dsn(dsn)
-    check_schema_name(schema)
-    await prepare(dsn, schema, migrate=migrate, patience=connect_timeout)
-    store = Store(schema)
-    raised: Exception | None = None
-    async with (
-        Pool(dsn, size=pool_size, connect_timeout=connect_timeout) as pool,
-        trio.open_nursery() as nursery,
-    ):
-        listener = Listener(dsn, store, Events())
-        client = Client(pool, store, listener, nursery)
-        try:
-            yield client
-        except Exception as error:
-            raised = error  # and not the nursery's group of one
-        finally:
-            client.close()
-            nursery.cancel_scope.cancel()
-    if raised is not None:
-        raise raised
 
 
 class Client:
@@ -129,16 +36,12 @@ class Client:
     server has not committed it yet; a send that must not happen twice needs an ``id_key``.
     """
 
-    def __init__(self, pool: Pool, store: Store, listener: Listener, nursery: trio.Nursery | None) -> None:
-        """Use ``connect``. A nursery: the listener is not running, and is started there when first needed."""
+    def __init__(self, pool: Pool, store: Store, listener: Listener, run_listener: Callable[[], None] | None) -> None:
+        """Use ``connect``. ``run_listener`` starts the listener when it is first needed; None: it is running."""
         self._pool = pool
         self._store = store
-        self._listener = listener
-        self._nursery = nursery
-        self._waiters: dict[int, set[trio.Event]] = {}
-        self._announcements: str | None = None
+        self._results = Results(pool, store, listener, run_listener)
         self._closed = False
-        listener.on_connected(self._wake_all)
 
     @property
     def schema(self) -> str:
@@ -154,9 +57,12 @@ class Client:
 
         Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
         """
+        self._check_open()
+        return self._pool.connection()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ClientClosed("this client is closed")
-        return self._pool.connection()
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[TrioConnection]:
@@ -177,14 +83,14 @@ class Client:
         Raises ``InvalidOption`` and ``UnknownQueue`` (its dead-letter queue does not exist).
         """
         async with self.connection() as connection:
-            for needed in queue.with_dead_letters():
+            for needed in _queue(queue).with_dead_letters():
                 done = await self._store.create_queue(connection, needed.name, to_json(needed.options))
         return done
 
     async def update_queue(self, queue: ANY) -> None:
         """Give the queue in the database the options declared here; jobs sent from then on inherit them."""
         async with self.connection() as connection:
-            await self._store.update_queue(connection, queue.name, to_json(queue.options))
+            await self._store.update_queue(connection, _queue(queue).name, to_json(queue.options))
 
     async def delete_queue(self, queue: ANY | str) -> int:
         """Delete a queue with all its jobs; returns how many.
@@ -219,7 +125,7 @@ class Client:
             UnknownQueue: there is no such queue.
             ConnectionLost: it may or may not have been sent.
         """
-        text = queue.encode(data)
+        text = _queue(queue).encode(data)
         async with self._on(connection) as on:
             job_id, created = await self._store.send(on, queue.name, text, options)
         return Sent(job_id, created, queue)
@@ -233,6 +139,7 @@ class Client:
         connection: TrioConnection | None = None,
     ) -> list[Sent[Out]]:
         """Send many jobs with one statement, all or none. Returns them in order; raises as ``send``."""
+        _queue(queue)
         entries = [
             (queue.encode(job.data), job.options) if isinstance(job, NewJob) else (queue.encode(job), {})
             for job in jobs
@@ -245,17 +152,16 @@ class Client:
 
     async def get(self, job: Sent[Any] | int) -> JobRecord:
         """Look at a job in any state. Raises ``JobNotFound``."""
-        async with self.connection() as connection:
-            # Looked for twice: a job that finished into a leaf attached since the first look was planned is not in it.
-            record = await self._store.job(connection, _id(job)) or await self._store.job(connection, _id(job))
-        if record is None:
-            raise JobNotFound(f"no job {_id(job)}: it never was, was deleted, or was not kept any longer")
-        return record
+        self._check_open()
+        return await self._results.look(_id(job))
 
     async def jobs(
         self, *, queue: ANY | str | None = None, state: str | None = None, limit: int = 50
     ) -> list[JobRecord]:
-        """The newest jobs, of a queue or in a state."""
+        """The newest jobs, of a queue or in a state. Raises ``InvalidOption`` for what is not a state."""
+        if state is not None and state not in get_args(State):
+            raise InvalidOption(f"{state!r:.100} is not a state: use one of {', '.join(get_args(State))}")
+        whole(limit, "limit", 0, 2**31 - 1)
         async with self.connection() as connection:
             return await self._store.jobs(connection, None if queue is None else _name(queue), state, limit)
 
@@ -284,14 +190,8 @@ class Client:
             InvalidData: the stored output is not of the declared type.
         """
         record = await self.get(job)
-        if not _finished(record):
-            async with self.connection() as connection:
-                info = await self._store.queue(connection, record.queue)
-            if not info.kept:
-                raise JobNotFound(f"queue {record.queue!r} keeps no finished jobs (retention 0), so it has no results")
-            await self._hear_announcements()
-            async with self._listener.interest(info.number):
-                record = await self._wait_finished(record.id, info.number)
+        if not has_finished(record):
+            record = await self._results.wait(record)
         if record.state != "completed":
             error = record.error or {}
             raise JobFailed(record.id, record.state, error.get("type"), error.get("message"))
@@ -299,71 +199,30 @@ class Client:
             return from_json(record.output, job.queue.output_type)
         return record.output
 
-    async def _wait_finished(self, job_id: int, queue: int) -> JobRecord:
-        while True:
-            announced = trio.Event()
-            waiters = self._waiters.setdefault(job_id, set())
-            waiters.add(announced)
-            try:
-                await self._wait_settles(queue)
-                record = await self.get(job_id)
-                if _finished(record):
-                    return record
-                with trio.move_on_after(RESULT_POLL if self._listener.up else 1.0):
-                    await announced.wait()
-            finally:
-                waiters.discard(announced)
-                if not waiters:
-                    del self._waiters[job_id]
-
-    async def _wait_settles(self, queue: int) -> None:
-        """Wait until no settle is under way that began before we held interest: those announce nothing."""
-        for pause in (0.001, 0.002, 0.004, 0.005, 0.005, 0.005, 0.01, 0.02, 0.05):
-            async with self.connection() as connection:
-                if await self._store.no_settle_under_way(connection, queue):
-                    return
-            await trio.sleep(pause)
-
-    async def _hear_announcements(self) -> None:
-        if self._announcements is not None:
-            return
-        async with self.connection() as connection:
-            self._announcements = await self._store.channel(connection, -1)
-        self._listener.add_channel(self._announcements, self._announced)
-        if self._nursery is not None:
-            await self._nursery.start(self._listener.run)
-        else:
-            with contextlib.suppress(ConnectionLost):
-                await self._listener.listen(self._announcements, self._announced)
-
-    def _announced(self, payload: str) -> None:
-        if self._waiters:
-            for text in payload.split(","):
-                for waiter in self._waiters.get(int(text), ()):
-                    waiter.set()
-
-    def _wake_all(self) -> None:
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                waiter.set()
-
     # work by hand
 
-    async def fetch(self, queue: Queue[In, Any], how_many: int = 1, *, lease: float | None = None) -> list[Job[In]]:
+    async def fetch(
+        self, queue: Queue[In, Any], how_many: int = 1, *, lease: float | timedelta | None = None
+    ) -> list[Job[In]]:
         """Claim up to ``how_many`` jobs by hand; none if there are none.
 
         Settle each with ``complete`` or ``fail`` within ``lease`` seconds (default: its timeout), or it is claimed anew.
-        Raises ``UnknownQueue``, ``InvalidOption`` and ``InvalidData`` (that job's attempt has failed for good).
+        One whose data is not of the declared type fails for good, as ``data_invalid``, and is not among them.
+
+        Raises ``UnknownQueue`` and ``InvalidOption``.
         """
+        whole(how_many, "how_many", 1, 100_000)
+        hold = None if lease is None else seconds(lease, "lease")
         async with self.connection() as connection:
-            claimed = await self._store.claim(connection, queue.name, how_many, None, lease=lease)
-        return [
-            Job(
-                c.id, queue.name, c.attempt, c.retry_limit, c.priority, c.timeout, c.sent_at,
-                from_json(c.data, queue.data_type), c.headers or {}, c.provenance,
-            )
-            for c in claimed
-        ]  # fmt: skip
+            claimed = await self._store.claim(connection, _queue(queue).name, how_many, None, lease=hold)
+            jobs = []
+            for one in claimed:
+                try:
+                    jobs.append(job_of(one, queue))
+                except InvalidData as error:
+                    failed = to_json([{"type": "data_invalid", "message": str(error)[:2000]}])
+                    await self._store.fail(connection, [one.id], failed, [one.attempt], None, [True], [None])
+            return jobs
 
     async def complete(self, job: Job[Any], output: Any = None) -> bool:
         """Complete a job fetched by hand; False, and nothing changes, if it was not ours any longer."""
@@ -371,7 +230,7 @@ class Client:
             return bool(await self._store.complete(connection, [job.id], f"[{to_json(output)}]", [job.attempt], None))
 
     async def fail(
-        self, job: Job[Any], error: Exception | str, *, final: bool = False, retry_in: float | None = None
+        self, job: Job[Any], error: Exception | str, *, final: bool = False, retry_in: float | timedelta | None = None
     ) -> bool:
         """Fail the attempt of a job fetched by hand; it is retried as its options say, or in ``retry_in`` seconds.
 
@@ -379,13 +238,15 @@ class Client:
         """
         type_ = type(error).__name__ if isinstance(error, Exception) else "Error"
         errors = to_json([{"type": type_, "message": str(error)}])
+        delay = None if retry_in is None else seconds(retry_in, "retry_in")
         async with self.connection() as connection:
-            return bool(await self._store.fail(connection, [job.id], errors, [job.attempt], None, [final], [retry_in]))
+            return bool(await self._store.fail(connection, [job.id], errors, [job.attempt], None, [final], [delay]))
 
-    async def touch(self, job: Job[Any], seconds: float) -> None:
-        """Give a job fetched by hand so many seconds from now. Raises ``LeaseLost``."""
+    async def touch(self, job: Job[Any], extend: float | timedelta, /) -> None:
+        """Give a job fetched by hand so many seconds from now. Raises ``LeaseLost`` and ``InvalidOption``."""
+        more = seconds(extend, "touch")
         async with self.connection() as connection:
-            if not await self._store.touch(connection, job.id, seconds, job.attempt, None):
+            if not await self._store.touch(connection, job.id, more, job.attempt, None):
                 raise LeaseLost(job.id, job.attempt)
 
     # operate
@@ -428,23 +289,27 @@ class Client:
 
         Returns (id of the dead letter, queue, id of the new job); with ``preview`` nothing changes and the last is None.
         """
+        if how_many is not None:
+            whole(how_many, "how_many", 1, 2**31 - 1)
         async with self.connection() as connection:
             return await self._store.redrive(
                 connection, _name(dead_letter), None if source is None else _name(source), error_type, how_many, preview
             )
 
 
+def _queue(queue: Queue[In, Out]) -> Queue[In, Out]:
+    if not isinstance(queue, Queue):
+        raise InvalidOption(f"give the queue's declaration, not {queue!r:.100}: notifyq.Queue(name)")
+    return queue
+
+
 def _name(queue: ANY | str) -> str:
-    return queue if isinstance(queue, str) else queue.name
+    return queue if isinstance(queue, str) else _queue(queue).name
 
 
 def _id(job: Sent[Any] | int) -> int:
-    return job if isinstance(job, int) else job.id
+    return whole(job.id if isinstance(job, Sent) else job, "a job's id", 1, 2**63 - 1)
 
 
 def _ids(jobs: Sequence[Sent[Any] | int]) -> list[int]:
     return [_id(job) for job in jobs]
-
-
-def _finished(record: JobRecord) -> bool:
-    return record.state in ("completed", "failed", "cancelled")

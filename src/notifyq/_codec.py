@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin
 from uuid import UUID
 
 import cattrs
@@ -12,9 +12,46 @@ from cattrs.preconf.json import make_converter
 
 from ._errors import InvalidData
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["check_type", "decode", "encode", "from_json", "to_json"]
 
 _converter = make_converter()
+
+
+def _strictly(type_: type) -> Callable[[Any, Any], Any]:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is type_:
+            return value
+        if type_ is float and type(value) is int:
+            return float(value)
+        raise TypeError(f"expected {type_.__name__}, not {type(value).__name__}")
+
+    return structure
+
+
+# cattrs converts ("None" from null, 1 from 1.9): what does not fit must fail instead.
+for _type in (str, int, float, bool):
+    _converter.register_structure_hook(_type, _strictly(_type))
+
+
+def _is_keyed_by_number(type_: Any) -> bool:
+    origin: Any = get_origin(type_)
+    return origin is dict and get_args(type_)[0] in (int, float, bool)
+
+
+@_converter.register_structure_hook_factory(_is_keyed_by_number)
+def _keyed_by_number(type_: Any) -> Callable[[Any, Any], Any]:
+    """JSON's keys are texts: those of a dict[int, X] are read as JSON themselves."""
+    key, value = get_args(type_)
+    by_text = _converter.get_structure_hook(dict[str, value])  # type: ignore[valid-type]
+    return lambda plain, _: {
+        _converter.structure(json.loads(text), key): item
+        for text, item in by_text(plain, dict[str, value]).items()  # type: ignore[valid-type]
+    }
+
+
 _converter.register_unstructure_hook(UUID, str)
 _converter.register_structure_hook(UUID, lambda value, _: value if isinstance(value, UUID) else UUID(value))
 

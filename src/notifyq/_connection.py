@@ -25,17 +25,37 @@ from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import dict_row, tuple_row
 from psycopg.waiting import Ready, Wait
 
+from ._errors import ConnectionLost
 from ._lock import QuickLock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator, Sequence
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
 T = TypeVar("T")
 
-__all__ = ["CANCEL_GRACE", "PARAMETERS", "TrioConnection", "open_connection", "run_abandonable"]
+__all__ = [
+    "ANSWER_TIMEOUT",
+    "CANCEL_GRACE",
+    "TrioConnection",
+    "answered_within",
+    "open_connection",
+    "parameters",
+    "run_abandonable",
+]
 
-PARAMETERS = {"autocommit": True, "client_encoding": "utf8"}
-"""How every connection is opened: ``fetch()`` writes its parameters in UTF-8, whatever the database's encoding is."""
+DEFAULTS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""libpq parameters (seconds; the last milliseconds) that a DSN may set otherwise: a silent peer is noticed in about 11 s."""
+
+ANSWER_TIMEOUT = 30.0
+"""Seconds a runtime's own statement may take: they are small, so longer means that the answer will not come."""
+
+READ_ONLY = "25006"
 
 CANCEL_GRACE = 5.0
 """Seconds the server gets to end a cancelled query before its connection is closed."""
@@ -98,7 +118,10 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         """The result of the one statement that was sent."""
         [result] = await self.wait(generators.execute(self.pgconn))
         if result.status == ExecStatus.FATAL_ERROR:
-            raise error_from_result(result, encoding="utf-8")
+            error = error_from_result(result, encoding="utf-8")
+            if error.sqlstate == READ_ONLY:
+                self.pgconn.finish()  # this server was demoted: a new connection may reach its successor
+            raise error
         return result  # type: ignore[no-any-return]
 
     async def _end_query(self, step: _Step) -> None:
@@ -271,10 +294,26 @@ async def run_abandonable(function: Callable[[], T], undo: Callable[[T], object]
     return results[0]
 
 
-async def open_connection(dsn: str, **parameters: Any) -> TrioConnection:
+def parameters(dsn: str, **given: Any) -> dict[str, Any]:
+    """How every connection is opened. ``fetch()`` writes its parameters in UTF-8, whatever the database's encoding is."""
+    chosen = psycopg.conninfo.conninfo_to_dict(dsn)
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in chosen}
+    return {"autocommit": True, "client_encoding": "utf8", **defaults, **given}
+
+
+@contextlib.contextmanager
+def answered_within(seconds: float) -> Iterator[None]:
+    """Raise ``ConnectionLost`` if the block takes longer: whether what it asked for was done is then unknown."""
+    with trio.move_on_after(seconds) as patience:
+        yield
+    if patience.cancelled_caught:
+        raise ConnectionLost(f"the server did not answer within {seconds:g} s")
+
+
+async def open_connection(dsn: str, **given: Any) -> TrioConnection:
     """Open a connection in autocommit. Raises ``psycopg.OperationalError``; cancelled, it closes what it opened."""
 
     def connect() -> psycopg.Connection[Any]:
-        return psycopg.connect(dsn, **{**PARAMETERS, **parameters})
+        return psycopg.connect(dsn, **parameters(dsn, **given))
 
     return TrioConnection(await run_abandonable(connect, lambda opened: opened.close()))

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from . import testing
-from ._client import connect, resolve_dsn
+from ._connect import connect, resolve_dsn
 from ._demo_sql import INSERT_ORDER
 from ._new import write_project
 from ._queue import Queue

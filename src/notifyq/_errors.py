@@ -13,6 +13,7 @@ __all__ = [
     "MissingPrivilege",
     "NotifyqError",
     "SchemaMismatch",
+    "ServerTrouble",
     "UnknownQueue",
 ]
 
@@ -29,6 +30,13 @@ class ConnectionLost(NotifyqError):
     """The server could not be reached, or the connection broke; ``__cause__`` says how.
 
     Whether a statement under way took effect is then unknown. Send with an ``id_key`` to repeat it safely.
+    """
+
+
+class ServerTrouble(NotifyqError):
+    """The server could not do it now: a deadlock, a lock or statement timeout, no disk space or memory.
+
+    Nothing was changed; the same call may succeed later.
     """
 
 

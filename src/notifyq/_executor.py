@@ -6,43 +6,31 @@ into an outcome. Whatever a handler does, its slot survives; what is not an ``Ex
 
 from __future__ import annotations
 
-import inspect
 import time
-import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
 
-from ._codec import encode, from_json
 from ._errors import InvalidData, InvalidOption
-from ._events import HandlerStuck
-from ._models import Claimed, Completed, Discarded, Failed, Job, Released, Snoozed
-from ._signals import Discard, Fail, Retry, Snooze
-from ._sql import seconds
+from ._middleware import wrap
+from ._queue import job_of
+from ._verdict import data_invalid, interrupted, judge, judge_batch, timed_out
+from .events import HandlerStuck
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Container, Sequence
 
     from ._claimer import Claimer
-    from ._events import Events
-    from ._models import JobHandle, Outcome
+    from ._middleware import Middleware
+    from ._models import Claimed, Job, JobHandle, Outcome
     from ._queue import Queue
+    from .events import Events
 
-__all__ = ["Executor", "Middleware"]
-
-MESSAGE_LIMIT = 2_000
-TRACEBACK_LIMIT = 16_000
-"""Characters kept of an error's message and traceback; of the traceback the end, where the error is."""
+__all__ = ["Executor"]
 
 YIELD_EVERY = 0.005
 """Seconds a slot goes on with jobs that never wait before it lets others run."""
-
-Middleware = Any
-"""``async def middleware(job, call_next)``, which returns ``await call_next(job)``; or a function of the job that
-returns an async context manager. Around a batch it gets the list of jobs."""
 
 
 @attrs.define(eq=False)
@@ -87,7 +75,8 @@ class Executor:
         self._runs: dict[int, _Run] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._threads = trio.CapacityLimiter(self._worker.concurrency)
-        self._call = _wrap(self._innermost(), (*middleware, *self._worker.middleware))
+        self._threads_awaited: set[trio.CancelScope] = set()
+        self._call = wrap(self._innermost(), (*middleware, *self._worker.middleware))
 
     def _innermost(self) -> Callable[[Any], Awaitable[Any]]:
         function = self._worker.function
@@ -95,9 +84,22 @@ class Executor:
             return function
 
         async def in_thread(job: Any) -> Any:
-            return await trio.to_thread.run_sync(function, job, limiter=self._threads)
+            # A thread can't be cancelled: the slot waits for it, unless the process is to end.
+            with trio.CancelScope(shield=True) as waiting:
+                self._threads_awaited.add(waiting)
+                try:
+                    return await trio.to_thread.run_sync(function, job, limiter=self._threads, abandon_on_cancel=True)
+                finally:
+                    self._threads_awaited.discard(waiting)
+            await trio.lowlevel.checkpoint()  # only an executor that is being cancelled leaves its threads
+            return None
 
         return in_thread
+
+    def leave_threads(self) -> None:
+        """Wait no longer for functions that run in threads: they are left behind, and what they return is dropped."""
+        for waiting in list(self._threads_awaited):
+            waiting.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until cancelled; a call under way is then cancelled, too (``drain`` first)."""
@@ -111,30 +113,34 @@ class Executor:
         while self._runs:
             await self._ended.park()
 
-    def cancel(self, job_ids: Sequence[int]) -> None:
+    def cancel(self, job_ids: Container[int]) -> None:
         """Cancel the handlers of these jobs, as far as they run here; they end as cancelled."""
-        for job_id in job_ids:
-            run = self._runs.get(job_id)
-            # A batch is one call: it can't be cancelled for one of its jobs.
-            if run is not None and len(run.jobs) == 1:
+        for job_id, run in list(self._runs.items()):
+            # A batch is one call, which can't be cancelled for one of its jobs: if that fails, it is not tried again.
+            if job_id in job_ids and len(run.jobs) == 1:
                 self._stop(run, "cancel")
 
     def running(self) -> set[tuple[int, int]]:
         """The attempts that run here, as (job, attempt)."""
         return {(job.id, job.attempt) for run in self._runs.values() for job in run.jobs}
 
+    def together(self, job_id: int) -> list[Job[Any]]:
+        """The running jobs of the call that handles this one, itself among them; none if it does not run here."""
+        run = self._runs.get(job_id)
+        return [] if run is None else run.jobs
+
     def extend(self, job_id: int, seconds: float) -> None:
-        """Move a running job's deadline to so many seconds from now."""
+        """Move the deadline of a running call to so many seconds from now."""
         run = self._runs.get(job_id)
         if run is not None:
             run.scope.deadline = trio.current_time() + seconds
             for job in run.jobs:
                 job.deadline = run.scope.deadline
 
-    def abandon(self, held: set[tuple[int, int]]) -> None:
-        """Cancel the handlers of attempts that are not among these: they are somebody else's now."""
+    def abandon(self, lost: Container[tuple[int, int]] | None) -> None:
+        """Cancel the handlers of these attempts (None: all): they are somebody else's now."""
         for run in list(self._runs.values()):
-            if any((job.id, job.attempt) not in held for job in run.jobs):
+            if lost is None or any((job.id, job.attempt) in lost for job in run.jobs):
                 self._stop(run, "lost")
 
     def stop_all(self) -> None:
@@ -152,7 +158,7 @@ class Executor:
             if run.scope.deadline < trio.current_time() - 1.0 and not run.given_up and run.reason is None:
                 run.given_up = True
                 for job in run.jobs:
-                    self._settle(_timed_out(job), self._queue.name)
+                    self._settle(timed_out(job), self._queue.name)
                     self._events.emit(HandlerStuck(f"job {job.id} of queue {job.queue} ignores its timeout"))
 
     async def _slot(self) -> None:
@@ -175,27 +181,12 @@ class Executor:
         jobs = []
         for claimed in batch:
             try:
-                jobs.append(self._decode(claimed))
+                jobs.append(job_of(claimed, self._queue, self._handle))
             except InvalidData as error:
-                outcomes.append(Failed(claimed.id, claimed.attempt, "data_invalid", _short(str(error)), final=True))
+                outcomes.append(data_invalid(claimed.id, claimed.attempt, error))
         if jobs:
             outcomes.extend(await self._run_jobs(jobs))
         return outcomes
-
-    def _decode(self, claimed: Claimed) -> Job[Any]:
-        return Job(
-            claimed.id,
-            self._queue.name,
-            claimed.attempt,
-            claimed.retry_limit,
-            claimed.priority,
-            claimed.timeout,
-            claimed.sent_at,
-            from_json(claimed.data, self._queue.data_type),
-            claimed.headers or {},
-            claimed.provenance,
-            self._handle,
-        )
 
     async def _run_jobs(self, jobs: list[Job[Any]]) -> list[Outcome]:
         started = trio.current_time()
@@ -209,146 +200,27 @@ class Executor:
         wall = time.perf_counter()
         try:
             with run.scope:
-                try:
-                    result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
-                except Exception as raised:
-                    error = raised
+                result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
+        except Exception as raised:  # also what is left of a group whose other part was our cancelling
+            error = raised
         finally:
             for job in jobs:
                 if self._runs.get(job.id) is run:  # and not a later attempt's
                     del self._runs[job.id]
             if self._ended:
                 self._ended.unpark_all()
+        if run.given_up:
+            return []
         if run.scope.cancel_called:
             # Also when it returned nevertheless: a result that comes after the end was decided is refused.
-            interrupted = run.scope.cancelled_caught or trio.current_time() >= run.scope.deadline
-            if run.given_up:
-                return []
-            if interrupted or run.reason == "lost":
-                return [o for job in jobs if (o := self._interrupted(job, run)) is not None]
-        elapsed = time.perf_counter() - wall
+            ended = run.scope.cancelled_caught or error is not None or trio.current_time() >= run.scope.deadline
+            if ended or run.reason == "lost":
+                return [outcome for job in jobs if (outcome := interrupted(job, run.reason)) is not None]
+        rules = {
+            "type_": self._queue.output_type,
+            "limit": self._output_limit,
+            "elapsed": time.perf_counter() - wall,
+        }
         if self._worker.kind == "batch":
-            return self._split(jobs, result, error, elapsed)
-        return [self._judge(jobs[0], result, error, elapsed)]
-
-    def _interrupted(self, job: Job[Any], run: _Run) -> Outcome | None:
-        if run.reason == "lost":
-            return None
-        if run.reason == "cancel":
-            return Discarded(job.id, job.attempt)
-        if run.reason == "shutdown":
-            # The last attempt is handed back unspent: stopping a process must not make dead letters.
-            if job.attempt > job.retry_limit:
-                return Released(job.id, job.attempt)
-            return Failed(job.id, job.attempt, "shutdown", "its runtime stopped before it ended", retry_in=0)
-        return _timed_out(job)
-
-    def _split(self, jobs: list[Job[Any]], result: Any, error: Exception | None, elapsed: float) -> list[Outcome]:
-        """What a batch worker returned or raised, as one outcome a job."""
-        if error is None and isinstance(result, Mapping):
-            missing = [job for job in jobs if job.id not in result]
-            outcomes: list[Outcome] = [
-                self._judge_returned(job, result[job.id], elapsed) for job in jobs if job.id in result
-            ]
-            outcomes += [
-                Failed(job.id, job.attempt, "not_settled", "the batch worker returned no outcome for this job")
-                for job in missing
-            ]
-            return outcomes
-        if error is None and result is not None:
-            if isinstance(result, str) or not isinstance(result, Sequence) or len(result) != len(jobs):
-                error = InvalidData(
-                    f"a batch worker returns None, {len(jobs)} outcomes for {len(jobs)} jobs, or a mapping by job id;"
-                    f" not {result!r:.200}"
-                )
-            else:
-                return [self._judge_returned(job, value, elapsed) for job, value in zip(jobs, result, strict=True)]
-        return [self._judge(job, None, error, elapsed) for job in jobs]
-
-    def _judge_returned(self, job: Job[Any], value: Any, elapsed: float) -> Outcome:
-        if isinstance(value, Exception):
-            return self._judge(job, None, value, elapsed)
-        return self._judge(job, value, None, elapsed)
-
-    def _judge(self, job: Job[Any], result: Any, error: Exception | None, elapsed: float) -> Outcome:
-        if error is not None:
-            return _failure(job, error)
-        if result is None:
-            return Completed(job.id, job.attempt, "null", elapsed)
-        try:
-            output = encode(result, self._queue.output_type)
-            if len(output) > self._output_limit or len(output.encode()) > self._output_limit:
-                raise InvalidData(f"output is over the limit of {self._output_limit} bytes")
-        except InvalidData as invalid:
-            return Failed(job.id, job.attempt, "output_invalid", _short(str(invalid)), final=True)
-        return Completed(job.id, job.attempt, output, elapsed)
-
-
-def _timed_out(job: Job[Any]) -> Failed:
-    return Failed(job.id, job.attempt, "timeout", f"not done within {job.timeout:g} s")
-
-
-def _failure(job: Job[Any], error: Exception) -> Outcome:
-    try:
-        if isinstance(error, Snooze):
-            return Snoozed(job.id, job.attempt, max(0.0, seconds(error.delay, "Snooze")))
-        if isinstance(error, Discard):
-            return Discarded(job.id, job.attempt)
-        if isinstance(error, Retry):
-            delay = None if error.delay is None else max(0.0, seconds(error.delay, "Retry"))
-            return Failed(job.id, job.attempt, "Retry", _short(error.reason), retry_in=delay)
-    except InvalidOption as invalid:
-        error = invalid
-    final = isinstance(error, Fail)
-    text = "".join(traceback.format_exception(error))
-    return Failed(
-        job.id,
-        job.attempt,
-        type(error).__name__,
-        _short(_message(error)),
-        _clean(text if len(text) <= TRACEBACK_LIMIT else "[…]\n" + text[-TRACEBACK_LIMIT:]),
-        final=final,
-    )
-
-
-def _message(error: Exception) -> str:
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"(its message could not be read: {type(broken).__name__})"
-
-
-def _short(text: str) -> str:
-    return _clean(text if len(text) <= MESSAGE_LIMIT else text[:MESSAGE_LIMIT] + "[…]")
-
-
-def _clean(text: str) -> str:
-    """Text that jsonb takes: no NUL, no lone surrogates."""
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
-
-
-def _wrap(
-    innermost: Callable[[Any], Awaitable[Any]], middleware: Sequence[Middleware]
-) -> Callable[[Any], Awaitable[Any]]:
-    call = innermost
-    for layer in reversed(middleware):
-        call = _layer(layer, call)
-    return call
-
-
-def _layer(layer: Middleware, call_next: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
-    if inspect.iscoroutinefunction(layer):
-
-        async def wrapped(job: Any) -> Any:
-            return await layer(job, call_next)
-
-        return wrapped
-
-    async def within(job: Any) -> Any:
-        context = layer(job)
-        if not isinstance(context, AbstractAsyncContextManager):
-            raise InvalidOption(f"middleware {layer!r} must return an async context manager, not {context!r}")
-        async with context:
-            return await call_next(job)
-
-    return within
+            return judge_batch(jobs, result, error, **rules)
+        return [judge(jobs[0], result, error, **rules)]

@@ -19,15 +19,15 @@ import trio
 from ._backoff import reconnect_delay
 from ._connection import open_connection
 from ._errors import ConnectionLost, NotifyqError
-from ._events import ListenerDown, ListenerUp
 from ._sql import translated
+from .events import ListenerDown, ListenerUp
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from ._connection import TrioConnection
-    from ._events import Events
     from ._store import Store
+    from .events import Events
 
 T = TypeVar("T")
 
@@ -35,9 +35,6 @@ __all__ = ["Listener"]
 
 CALL_TIMEOUT = 3.0
 """Seconds a statement on the listening connection may take: they are all small, so longer means a dead peer."""
-
-KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
-"""libpq parameters (seconds; the last milliseconds): a silent peer is noticed within about 11 s."""
 
 
 @attrs.define(eq=False)
@@ -58,10 +55,13 @@ class Listener:
         self._channels: dict[str, Callable[[str], object]] = {}
         self._connected: list[Callable[[], object]] = []
         self._interests: Counter[int] = Counter()
+        self._interests_held: set[int] = set()
+        self._taking_interest = trio.Lock()
         self._calls: deque[_Call] = deque()
         self._waiting: trio.CancelScope | None = None
         self._random = random.Random()
-        self._proofs: set[str] = set()
+        self._proof = ""
+        self._proven = False
         self.up = False
 
     def on_connected(self, callback: Callable[[], object]) -> None:
@@ -96,14 +96,17 @@ class Listener:
         """Hold interest in the results of a queue: its settles announce finished jobs. Held again after a reconnect."""
         self._interests[queue] += 1
         try:
-            if self._interests[queue] == 1:
-                with contextlib.suppress(ConnectionLost):
-                    await self.call(lambda connection: self._store.hold_interest(connection, queue))
+            async with self._taking_interest:  # a second waiter waits until the first one holds it
+                if queue not in self._interests_held:
+                    with contextlib.suppress(ConnectionLost):
+                        await self.call(lambda connection: self._hold_interest(connection, queue))
+                        self._interests_held.add(queue)
             yield
         finally:
             self._interests[queue] -= 1
             if not self._interests[queue]:
                 del self._interests[queue]
+                self._interests_held.discard(queue)
                 with trio.CancelScope(shield=True), contextlib.suppress(ConnectionLost):
                     await self.call(lambda connection: self._store.drop_interest(connection, queue))
 
@@ -129,6 +132,7 @@ class Listener:
                     self._events.emit(ListenerDown(str(error) or type(error).__name__))
             finally:
                 self.up = False
+                self._interests_held.clear()
                 self._refuse_calls()
             if not started:
                 started = True
@@ -139,7 +143,7 @@ class Listener:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[TrioConnection]:
         with translated():
-            connection = await open_connection(self._dsn, application_name="notifyq listener", **KEEPALIVE)
+            connection = await open_connection(self._dsn, application_name="notifyq listener")
         connection.cancel_grace = 1.0
         try:
             yield connection
@@ -152,24 +156,30 @@ class Listener:
         connection.add_notify_handler(self._heard)
         for channel in {control, *self._channels}:
             await self._store.listen(connection, channel)
-        proof = f"proof:{uuid4()}"
+        self._proof = f"proof:{uuid4()}"
+        self._proven = False
         with trio.move_on_after(CALL_TIMEOUT) as patience:
-            await self._store.notify(connection, control, proof)
-            while proof not in self._proofs:
+            await self._store.notify(connection, control, self._proof)
+            while not self._proven:
                 await connection.wait_input()
-        self._proofs.clear()
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
         await self._store.keepalive(connection)
         held: set[int] = set()
         while missing := self._interests.keys() - held:  # waiters may come while we are at it
             for queue in missing:
-                await self._store.hold_interest(connection, queue)
+                await self._hold_interest(connection, queue)
             held |= missing
+        self._interests_held = held
+
+    async def _hold_interest(self, connection: TrioConnection, queue: int) -> None:
+        """Take the lock; a settle that is looking whether anybody holds it has it for a moment."""
+        while not await self._store.hold_interest(connection, queue):  # noqa: ASYNC110 - in another process
+            await trio.sleep(0.001)
 
     def _heard(self, notification: psycopg.Notify) -> None:
         if notification.payload.startswith("proof:"):
-            self._proofs.add(notification.payload)
+            self._proven |= notification.payload == self._proof
         elif (heard := self._channels.get(notification.channel)) is not None:
             heard(notification.payload)
 

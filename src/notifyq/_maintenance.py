@@ -5,25 +5,29 @@ Every runtime does it; the SQL functions let one at a time through. No leader.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from typing import TYPE_CHECKING
 
+import psycopg
 import trio
 
-from ._errors import ConnectionLost
-from ._events import JobsRescued
+from ._errors import NotifyqError
+from .events import JobsRescued, ServerTrouble
 
 if TYPE_CHECKING:
-    from ._events import Events
     from ._pool import Pool
     from ._store import Store
+    from .events import Events
 
 __all__ = ["Maintenance"]
 
 EVERY = (90.0, 120.0)
-"""Seconds between rounds, evenly spread, so that a fleet's rounds do not meet."""
+FIRST = (1.0, 5.0)
+"""Seconds between rounds, and until the first one, evenly spread, so that a fleet's rounds do not meet."""
+
+BATCH = 1000
+"""What expire() and purge() do at a time: see ``sql/functions/80_maintain.sql``."""
 
 
 class Maintenance:
@@ -43,24 +47,32 @@ class Maintenance:
         self._sleep.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Maintain until cancelled; the first round at once."""
+        """Maintain until cancelled. What fails is left to the next round."""
         task_status.started()
-        next_round = -math.inf
+        next_round = trio.current_time() + self._random.uniform(*FIRST)
         while True:
-            with contextlib.suppress(ConnectionLost):
+            try:
                 if trio.current_time() >= next_round:
                     next_round = trio.current_time() + self._random.uniform(*EVERY)
                     await self._round()
                 if trio.current_time() >= self._rescue_at:
                     await self._rescue()
+            except (NotifyqError, psycopg.Error) as error:
+                self._events.emit(ServerTrouble("maintenance", str(error)))
             with trio.CancelScope(deadline=min(next_round, self._rescue_at)) as self._sleep:
                 await trio.sleep_forever()
 
     async def _round(self) -> None:
-        more = True
-        while more:
-            async with self._pool.connection() as connection:
-                more = await self._store.maintain(connection)
+        """Each step is a transaction of its own: none waits for another, and none undoes another."""
+        await self._rescue()
+        async with self._pool.connection() as connection:
+            await self._store.make_leaves(connection)
+            while await self._store.expire(connection) == BATCH:
+                pass
+            while await self._store.purge(connection) == BATCH:
+                pass
+            while await self._store.drop_leaf(connection):
+                pass
 
     async def _rescue(self) -> None:
         self._rescue_at = math.inf  # the next beat knows the next one

@@ -20,6 +20,7 @@ OutCo = TypeVar("OutCo", covariant=True)
 State = Literal["scheduled", "ready", "active", "completed", "failed", "cancelled"]
 
 __all__ = [
+    "Beat",
     "Claimed",
     "Completed",
     "Discarded",
@@ -31,6 +32,7 @@ __all__ = [
     "NewJob",
     "Out",
     "Outcome",
+    "QueueInfo",
     "Released",
     "SendOptions",
     "Sent",
@@ -165,6 +167,28 @@ class JobRecord:
     provenance: dict[str, Any] | None
 
 
+@attrs.frozen
+class Beat:
+    """What ``beat()`` told: see ``sql/functions/60_lease.sql``."""
+
+    renewed: bool
+    cancels: list[int]
+    ready: list[int]
+    due_in: dict[str, float]
+    lapse_in: float | None
+
+
+@attrs.frozen
+class QueueInfo:
+    """A queue as the runtime needs it."""
+
+    number: int
+    channel: str
+    retry_limit: int
+    kept: bool
+    max_data_bytes: int
+
+
 @attrs.define(eq=False)
 class Claimed:
     """A job as ``claim()`` returns it, its data not decoded yet. Field order is the function's column order."""
@@ -179,6 +203,8 @@ class Claimed:
     data: Any
     headers: dict[str, Any] | None
     provenance: dict[str, Any] | None
+    claimed_at: float = attrs.field(default=float("-inf"), init=False)
+    """When its claim was answered, on ``trio.current_time()``'s clock."""
 
 
 @attrs.define(eq=False)

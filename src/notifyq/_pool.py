@@ -7,24 +7,25 @@ side, for the next borrower, and go back to psycopg's pool only when unused for 
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import attrs
+import psycopg
 import psycopg_pool
 import trio
 
-from ._connection import PARAMETERS, TrioConnection, run_abandonable
+from ._connection import TrioConnection, parameters, run_abandonable
 from ._errors import ClientClosed, ConnectionLost
 from ._lock import QuickLock
-
-if TYPE_CHECKING:
-    import psycopg
 
 __all__ = ["Pool", "PoolStatistics"]
 
 IDLE_RETURN = 30.0
 """Seconds unused after which psycopg's pool gets a connection back, to check it, shrink or replace it."""
+
+
+RECONNECT_TIMEOUT = 5.0
+"""Seconds psycopg's pool tries to reach the server for one borrower, its pauses doubling: after that it begins anew."""
 
 
 @attrs.frozen
@@ -55,25 +56,25 @@ def _prepare(connection: psycopg.Connection[Any]) -> None:
 class Pool:
     """Up to ``size`` connections, opened when first needed, each for one borrower at a time."""
 
-    def __init__(
-        self, dsn: str, *, size: int, connect_timeout: float, parameters: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, dsn: str, *, size: int, connect_timeout: float) -> None:
         """Prepare a pool; nothing is opened yet. ``connect_timeout``: seconds a borrower waits for a connection."""
         self._opener = psycopg_pool.ConnectionPool(
             dsn,
-            kwargs={**PARAMETERS, "prepare_threshold": None, **(parameters or {})},
+            kwargs=parameters(dsn, prepare_threshold=None),
+            connection_class=_Opened,
             min_size=0,
             max_size=size,
             max_idle=IDLE_RETURN,
             timeout=connect_timeout,
+            reconnect_timeout=RECONNECT_TIMEOUT,
             configure=_prepare,
             open=False,
             name="notifyq",
         )
         self._size = size
         self._permits = QuickLock(size)
-        self._resting: list[tuple[float, psycopg.Connection[Any]]] = []
-        self._views: WeakKeyDictionary[psycopg.Connection[Any], TrioConnection] = WeakKeyDictionary()
+        self._connect_timeout = connect_timeout
+        self._resting: list[tuple[float, _Opened]] = []
         self._closed = True
 
     async def __aenter__(self) -> Pool:
@@ -97,21 +98,41 @@ class Pool:
         """
         return _Loan(self)
 
-    async def _lend(self) -> tuple[psycopg.Connection[Any], TrioConnection]:
-        opened = await self._borrow()
-        view = self._views.get(opened)
-        if view is None:
-            view = self._views[opened] = TrioConnection(opened)
-        return opened, view
+    async def _lend(self) -> _Opened:
+        """Raises ``ConnectionLost`` and ``ClientClosed``; what it returns must come back by ``_take_back``."""
+        if self._closed:
+            raise ClientClosed("this client is closed")
+        with trio.move_on_after(self._connect_timeout) as patience:
+            await self._permits.__aenter__()
+        if patience.cancelled_caught:
+            raise ConnectionLost(f"all {self._size} connections were in use for {self._connect_timeout:g} s")
+        try:
+            return await self._borrow()
+        except BaseException:
+            await self._permits.__aexit__()
+            raise
 
-    async def _take_back(self, opened: psycopg.Connection[Any], view: TrioConnection) -> None:
-        if await view.settle() and not self._closed:
-            self._resting.append((trio.current_time(), opened))
-        else:
+    async def _take_back(self, opened: _Opened) -> None:
+        try:
+            fit = opened.view is None or await opened.view.settle()
+            if fit and not self._closed:
+                self._resting.append((trio.current_time(), opened))
+            else:
+                self._opener.putconn(opened)
+            if not fit:
+                self._distrust()
+            self._return_unused()
+        finally:
+            await self._permits.__aexit__()
+
+    def _distrust(self) -> None:
+        """One connection broke: those that rest are of the same time, and most likely broken, too."""
+        while self._resting:
+            _since, opened = self._resting.pop()
+            opened.close()
             self._opener.putconn(opened)
-        self._return_unused()
 
-    async def _borrow(self) -> psycopg.Connection[Any]:
+    async def _borrow(self) -> _Opened:
         while self._resting:
             _since, opened = self._resting.pop()
             if not opened.closed:
@@ -135,6 +156,12 @@ class Pool:
         )
 
 
+class _Opened(psycopg.Connection[Any]):
+    """A connection of psycopg's pool, with the view of it that trio drives."""
+
+    view: TrioConnection | None = None
+
+
 class _Loan(AbstractAsyncContextManager[TrioConnection]):
     """A class, not a generator: it is entered twice for every job of an idle runtime."""
 
@@ -142,18 +169,10 @@ class _Loan(AbstractAsyncContextManager[TrioConnection]):
         self._pool = pool
 
     async def __aenter__(self) -> TrioConnection:
-        if self._pool._closed:
-            raise ClientClosed("this client is closed")
-        await self._pool._permits.__aenter__()
-        try:
-            self._opened, self._view = await self._pool._lend()
-        except BaseException:
-            await self._pool._permits.__aexit__()
-            raise
-        return self._view
+        self._opened = await self._pool._lend()
+        if self._opened.view is None:
+            self._opened.view = TrioConnection(self._opened)
+        return self._opened.view
 
     async def __aexit__(self, *_: object) -> None:
-        try:
-            await self._pool._take_back(self._opened, self._view)
-        finally:
-            await self._pool._permits.__aexit__()
+        await self._pool._take_back(self._opened)

@@ -8,16 +8,20 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, overload
 
 import attrs
 
-from ._codec import check_type, decode, encode
+from ._codec import check_type, encode, from_json
 from ._errors import InvalidData, InvalidOption
-from ._models import In, Job, Out, SendOptions
-from ._sql import check_options, check_schema_name, seconds, send_parameters, send_statement
+from ._middleware import Middleware, check_middleware
+from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
+from ._sql import check_options, check_schema_name, seconds, send_parameters, send_statement, whole
 
-__all__ = ["BatchResult", "Queue", "Worker"]
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+__all__ = ["BatchResult", "Queue", "Worker", "job_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,11 +126,6 @@ class Queue(Generic[In, Out]):
         except InvalidData as error:
             raise InvalidData(f"data for queue {self.name!r}: {error}") from error
 
-    def decode_output(self, text: str) -> Out:
-        """Read a stored output. Raises ``InvalidData``."""
-        output: Out = decode(text, self.output_type)
-        return output
-
     def statement(
         self, data: In, *, schema: str = "notifyq", **options: Unpack[SendOptions]
     ) -> tuple[str, tuple[Any, ...]]:
@@ -146,7 +145,12 @@ class Queue(Generic[In, Out]):
     def worker(self, function: Callable[[Job[In]], Out], /) -> Callable[[Job[In]], Out]: ...
     @overload
     def worker(
-        self, /, *, concurrency: int = 10, poll_interval: float | None = None, middleware: Sequence[Any] = ()
+        self,
+        /,
+        *,
+        concurrency: int = 10,
+        poll_interval: float | timedelta | None = None,
+        middleware: Sequence[Middleware] = (),
     ) -> Callable[[Callable[[Job[In]], Awaitable[Out] | Out]], Callable[[Job[In]], Awaitable[Out] | Out]]: ...
     def worker(self, function: Any = None, /, **options: Any) -> Any:
         """Register the function that handles this queue's jobs, an ``async def`` or a plain function (run in a thread).
@@ -160,10 +164,10 @@ class Queue(Generic[In, Out]):
         Raises:
             InvalidOption: a second worker, an option that does not exist, or a function of the wrong kind.
         """
+        self._check_worker_options(options, _WORKER_OPTIONS)
         if function is None:
-            self._check_worker_options(options, _WORKER_OPTIONS)
             return lambda function: self._register(function, None, **options)
-        return self._register(function, None)
+        return self._register(function, None, **options)
 
     def batch_worker(
         self,
@@ -171,8 +175,8 @@ class Queue(Generic[In, Out]):
         *,
         batch_size: int,
         concurrency: int = 1,
-        poll_interval: float | None = None,
-        middleware: Sequence[Any] = (),
+        poll_interval: float | timedelta | None = None,
+        middleware: Sequence[Middleware] = (),
         **unknown: Any,
     ) -> Callable[[Callable[[list[Job[In]]], Awaitable[BatchResult[Out]]]], Any]:
         """Register an ``async def`` that handles up to ``batch_size`` jobs in one call, see ``BatchResult``.
@@ -198,26 +202,46 @@ class Queue(Generic[In, Out]):
         batch_size: int | None,
         *,
         concurrency: int = 10,
-        poll_interval: float | None = None,
-        middleware: Sequence[Any] = (),
+        poll_interval: float | timedelta | None = None,
+        middleware: Sequence[Middleware] = (),
     ) -> F:
         where = f"worker of queue {self.name!r}"
         if self.worker_function is not None:
             raise InvalidOption(f"{where}: {_describe(self.worker_function.function)} is registered on it already")
         if not callable(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
             raise InvalidOption(f"{where}: {function!r} must be an async def or a plain function that returns a value")
-        is_async = inspect.iscoroutinefunction(function)
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is an async def
+        )
         if batch_size is not None and not is_async:
             raise InvalidOption(f"{where}: a batch worker must be an async def")
-        for option, value in (("concurrency", concurrency), ("batch_size", batch_size or 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10_000:
-                raise InvalidOption(f"{where}: {option} must be an int from 1 to 10000, not {value!r}")
+        for option, value in (("concurrency", concurrency), ("batch_size", 1 if batch_size is None else batch_size)):
+            whole(value, f"{where}: {option}", 1, 10_000)
         _check_takes_one_argument(function, where)
-        if poll_interval is not None and seconds(poll_interval, "poll_interval") <= 0:
+        poll = None if poll_interval is None else seconds(poll_interval, f"{where}: poll_interval")
+        if poll is not None and poll <= 0:
             raise InvalidOption(f"{where}: poll_interval must be above zero seconds, not {poll_interval!r}")
         kind = "batch" if batch_size is not None else "async" if is_async else "sync"
-        self.worker_function = Worker(function, kind, concurrency, batch_size or 1, poll_interval, tuple(middleware))
+        layers = check_middleware(middleware, where)
+        self.worker_function = Worker(function, kind, concurrency, batch_size or 1, poll, layers)
         return function
+
+
+def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = None) -> Job[Any]:
+    """A claimed job as its worker sees it. Raises ``InvalidData`` if its data is not of the queue's type."""
+    return Job(
+        claimed.id,
+        queue.name,
+        claimed.attempt,
+        claimed.retry_limit,
+        claimed.priority,
+        claimed.timeout,
+        claimed.sent_at,
+        from_json(claimed.data, queue.data_type),
+        claimed.headers or {},
+        claimed.provenance,
+        handle,
+    )
 
 
 def _describe(function: Callable[..., Any]) -> str:

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
 import signal
-import socket
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import trio
 
 from . import _logging
-from ._beat import Heart
-from ._client import Client, prepare, resolve_dsn
-from ._codec import to_json
-from ._errors import ConnectionLost, InvalidOption, LeaseLost
-from ._events import Events, RuntimeStarted, RuntimeStopped
+from ._connect import prepare, resolve_dsn
+from ._errors import InvalidOption
 from ._listener import Listener
-from ._lock import QuickLock
-from ._maintenance import Maintenance
-from ._models import Released
+from ._middleware import check_middleware
 from ._pool import Pool
-from ._schema import VERSION
-from ._settler import Settler
-from ._sql import check_schema_name
+from ._session import Session, Settings
+from ._sql import LONGEST, check_schema_name, seconds, whole
 from ._store import Store
-from ._worker import QueueWorker
+from .events import Events
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from ._events import Event
-    from ._executor import Middleware
-    from ._models import Job
+    from ._client import Client
+    from ._middleware import Middleware
     from ._queue import Queue
-    from ._store import Beat
+    from .events import Event
 
 __all__ = ["Runtime", "run"]
 
 log = logging.getLogger("notifyq")
 
-FLUSH_SECONDS = 10.0
-"""Seconds the last outcomes and the goodbye get when the server is slow or away; after that, others rescue."""
-
-STOP_SECONDS = 5.0
-"""Seconds a cancelled handler gets to end; after that the process goes on without it."""
+RUNTIME_CONNECTIONS = 3
+"""For claims (one at a time), outcomes and maintenance. Handlers have a pool of their own: they may take all of that."""
 
 
 class Runtime:
@@ -77,8 +64,9 @@ class Runtime:
                 that returns an async context manager.
             lease: seconds after the last beat until other runtimes take over the jobs of one that died (at least 1).
             grace: seconds that running jobs get to end when the runtime stops; then they are cancelled and tried again.
-            pool_size: most database connections beside the listening one (opened when needed; idle ones are closed).
-            connect_timeout: seconds to reach the server at start.
+            pool_size: most database connections of the handlers (opened when needed; idle ones are closed). The runtime
+                itself needs up to 4 more.
+            connect_timeout: seconds to reach the server at start, and later to wait for a free connection.
 
         Raises:
             InvalidOption: no queue, a queue without worker or twice, or a value out of range.
@@ -92,19 +80,22 @@ class Runtime:
                 raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
             if names.count(queue.name) > 1:
                 raise InvalidOption(f"queue {queue.name!r} is given twice")
-        if not 1 <= lease <= 3600:
-            raise InvalidOption(f"lease must be from 1 to 3600 seconds, not {lease!r}")
-        if not 0 <= grace < math.inf:
-            raise InvalidOption(f"grace must be zero or more seconds, not {grace!r}")
+        for option, value, least, most in (
+            ("lease", lease, 1.0, 3600.0),
+            ("grace", grace, 0.0, LONGEST),
+            ("connect_timeout", connect_timeout, 0.1, 86_400.0),
+        ):
+            if not least <= seconds(value, option) <= most:
+                raise InvalidOption(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")
         self.id: UUID = uuid4()
         self.events = Events()
         self.dsn = dsn
-        self._schema = check_schema_name(schema)
+        self.schema = check_schema_name(schema)
         self._migrate = migrate
-        self._middleware = tuple(middleware)
+        self.middleware = check_middleware(middleware, "the runtime")
         self.lease = lease
         self.grace = grace
-        self._pool_size = pool_size
+        self._pool_size = whole(pool_size, "pool_size", 1, 1000)
         self._connect_timeout = connect_timeout
         self._stopping: trio.Event | None = None
         self._logged = False
@@ -139,212 +130,16 @@ class Runtime:
         if not self._logged:
             self._logged = True
             _logging.subscribe(self.events)
-        await prepare(dsn, self._schema, migrate=self._migrate, patience=self._connect_timeout)
-        store = Store(self._schema)
-        listener = Listener(dsn, store, self.events)
-        async with Pool(dsn, size=self._pool_size, connect_timeout=self._connect_timeout) as pool:
-            session = _Session(self, pool, store, listener)
-            await session.begin(self.queues, self._middleware, declare=self._migrate)
+        await prepare(dsn, self.schema, migrate=self._migrate, patience=self._connect_timeout)
+        store = Store(self.schema)
+        async with (
+            Pool(dsn, size=RUNTIME_CONNECTIONS, connect_timeout=self._connect_timeout) as own,
+            Pool(dsn, size=self._pool_size, connect_timeout=self._connect_timeout) as handlers,
+        ):
+            settings = Settings(self.id, self.queues, self.middleware, self.lease, self.grace, self.events)
+            session = Session(settings, store, Listener(dsn, store, self.events), own, handlers)
+            await session.begin(declare=self._migrate)
             await session.run(self._stopping, task_status)
-
-
-class _Session:
-    """One run of a runtime, from register to deregister."""
-
-    def __init__(self, runtime: Runtime, pool: Pool, store: Store, listener: Listener) -> None:
-        self._runtime = runtime
-        self._id = runtime.id
-        self._events = runtime.events
-        self._pool = pool
-        self._store = store
-        self._listener = listener
-        self._settler = Settler(pool, store, runtime.id, runtime.events)
-        self._maintenance = Maintenance(pool, store, runtime.events)
-        self._workers: list[QueueWorker] = []
-        self._strays: set[tuple[int, int]] = set()
-        self._grace = trio.CancelScope()
-        self._turn = QuickLock()
-        self.client = Client(pool, store, listener, None)
-
-    async def begin(self, queues: list[Queue[Any, Any]], middleware: Sequence[Middleware], *, declare: bool) -> None:
-        """Create the queues if need be, learn their numbers, register."""
-        async with self._pool.connection() as connection:
-            declared = [needed for queue in queues for needed in queue.with_dead_letters()] if declare else []
-            for queue in dict.fromkeys(declared):
-                done = await self._store.create_queue(connection, queue.name, to_json(queue.options))
-                if done.startswith("differs"):
-                    log.warning("queue %s: in the database %s (update_queue changes it)", queue.name, done)
-            for queue in queues:
-                info = await self._store.queue(connection, queue.name)
-                worker = QueueWorker(
-                    queue,
-                    info,
-                    pool=self._pool,
-                    store=self._store,
-                    runtime=self._id,
-                    settler=self._settler,
-                    handle=self,
-                    middleware=middleware,
-                    events=self._events,
-                    turn=self._turn,
-                )
-                self._workers.append(worker)
-                self._listener.add_channel(info.channel, worker.claimer.heard)
-                self._listener.on_connected(worker.claimer.look_again)
-            self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
-            await self._store.turn_leaves(connection)
-        await self._register()
-
-    async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
-        """Start all parts, wait for the stop, and end them in order, also when cancelled: then without grace."""
-        ended = trio.Event()
-
-        async def parts() -> None:
-            try:
-                with trio.CancelScope(shield=True):
-                    await self._run_parts(stopping, task_status)
-            finally:
-                ended.set()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(parts)
-            try:
-                await ended.wait()
-            finally:
-                self._grace.cancel()
-                stopping.set()
-
-    async def _run_parts(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
-        heart = Heart(
-            self._runtime.lease,
-            beat=self._beat,
-            register=self._register_anew,
-            told=self._told,
-            lost=self._lose,
-            events=self._events,
-        )
-        names = tuple(worker.queue.name for worker in self._workers)
-        async with trio.open_nursery() as support, trio.open_nursery() as running:
-            try:
-                await support.start(self._listener.run)
-                await support.start(self._settler.run)
-                await support.start(heart.run)
-                await support.start(self._maintenance.run)
-                for worker in self._workers:
-                    await running.start(worker.run)
-                self._events.emit(RuntimeStarted(str(self._id), names))
-                task_status.started(self.client)
-                await stopping.wait()
-                with self._grace:
-                    self._grace.deadline = trio.current_time() + self._runtime.grace
-                    await self._stop_workers()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await self._end(running, support)
-                self._events.emit(RuntimeStopped(str(self._id)))
-
-    async def _end(self, running: trio.Nursery, support: trio.Nursery) -> None:
-        with trio.move_on_after(STOP_SECONDS):
-            for worker in self._workers:
-                worker.executor.stop_all()
-            await self._stop_workers()
-        running.cancel_scope.cancel()
-        with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(ConnectionLost):
-            await self._settler.close()
-            async with self._pool.connection() as connection:
-                await self._store.deregister(connection, self._id)
-        self.client.close()
-        support.cancel_scope.cancel()
-
-    async def _stop_workers(self) -> None:
-        async with trio.open_nursery() as nursery:
-            for worker in self._workers:
-                nursery.start_soon(worker.stop)
-
-    # leases
-
-    async def _register(self) -> None:
-        async with self._pool.connection() as connection:
-            await self._store.register(
-                connection,
-                self._id,
-                [worker.queue.name for worker in self._workers],
-                self._runtime.lease,
-                os.getpid(),
-                socket.gethostname(),
-                VERSION,
-            )
-
-    async def _register_anew(self) -> None:
-        async with self._pool.connection() as connection:
-            await self._store.deregister(connection, self._id)
-        await self._register()
-
-    async def _beat(self) -> Beat:
-        queues = [worker.info.number for worker in self._workers]
-        with contextlib.suppress(ConnectionLost):
-            return await self._listener.call(lambda connection: self._store.beat(connection, self._id, queues))
-        async with self._pool.connection() as connection:
-            return await self._store.beat(connection, self._id, queues)
-
-    async def _told(self, beat: Beat) -> None:
-        """What a beat said."""
-        self._maintenance.rescue_in(beat.lapse_in)
-        self._cancel(beat.cancels)
-        for worker in self._workers:
-            worker.executor.give_up_stuck()
-            if worker.info.number in beat.ready:
-                worker.claimer.poll()
-        await self._reconcile()
-
-    async def _lose(self) -> None:
-        """The lease lapsed, or is about to: nothing that runs here is ours any longer."""
-        for worker in self._workers:
-            worker.lose_all()
-
-    async def _reconcile(self) -> None:
-        """Release what a claim took whose answer was lost: held by us, but unknown here, at two beats in a row."""
-        if not self._strays and not any(worker.claim_failed for worker in self._workers):
-            return
-        for worker in self._workers:
-            worker.claim_failed = False
-        try:
-            async with self._pool.connection() as connection:
-                held = await self._store.held(connection, self._id)
-        except ConnectionLost:
-            self._workers[0].claim_failed = True
-            return
-        known = set().union(*(worker.known() for worker in self._workers))
-        strays = held - known
-        for job, attempt in strays & self._strays:
-            self._settler.put(Released(job, attempt), "")
-        self._strays = strays - self._strays
-
-    # control requests
-
-    def _told_by_control(self, payload: str) -> None:
-        what, _, ids = payload.partition(":")
-        if what == "cancel":
-            self._cancel([int(text) for text in ids.split(",")])
-
-    def _cancel(self, jobs: list[int]) -> None:
-        if jobs:
-            for worker in self._workers:
-                worker.executor.cancel(jobs)
-
-    # what a job asks of its runtime
-
-    async def progress(self, job: Job[Any], progress: Any) -> None:
-        async with self._pool.connection() as connection:
-            if not await self._store.progress(connection, job.id, to_json(progress), job.attempt, self._id):
-                raise LeaseLost(job.id, job.attempt)
-
-    async def touch(self, job: Job[Any], seconds: float) -> None:
-        async with self._pool.connection() as connection:
-            if not await self._store.touch(connection, job.id, seconds, job.attempt, self._id):
-                raise LeaseLost(job.id, job.attempt)
-        for worker in self._workers:
-            worker.executor.extend(job.id, seconds)
 
 
 def run(runtime: Runtime) -> None:
@@ -355,26 +150,41 @@ def run(runtime: Runtime) -> None:
     trio.run(run_until_signal, runtime)
 
 
-async def run_until_signal(runtime: Runtime) -> None:
-    """Run a runtime until SIGTERM or SIGINT; a second signal cancels it without grace."""
+async def run_until_signal(runtime: Runtime, *, supervised: bool = False) -> None:
+    """Run a runtime until SIGTERM or SIGINT; a second signal cancels it without grace, a third ends the process.
+
+    ``supervised``: also until stdin, a pipe from the supervisor, is closed at its other end.
+    """
     raised: Exception | None = None
+    running = trio.CancelScope()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
             async def obey() -> None:
                 async for number in signals:
+                    if running.cancel_called:
+                        log.warning("third signal: the process ends, whatever it is doing")
+                        os._exit(1)
                     if runtime.stopping:
                         log.warning("second signal: stopping at once")
-                        nursery.cancel_scope.cancel()
-                        return
-                    log.info("%s: finishing what runs", signal.Signals(number).name)
-                    runtime.stop()
+                        running.cancel()
+                    else:
+                        log.info("%s: finishing what runs", signal.Signals(number).name)
+                        runtime.stop()
+
+            async def outlive_nobody() -> None:
+                await trio.lowlevel.wait_readable(0)
+                log.warning("the supervisor is gone: finishing what runs")
+                runtime.stop()
 
             nursery.start_soon(obey)
-            try:
-                await runtime.run()
-            except Exception as error:
-                raised = error
+            if supervised:
+                nursery.start_soon(outlive_nobody)
+            with running:
+                try:
+                    await runtime.run()
+                except Exception as error:
+                    raised = error
             nursery.cancel_scope.cancel()
     if raised is not None:
         raise raised

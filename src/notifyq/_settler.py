@@ -15,19 +15,20 @@ import trio
 
 from ._backoff import reconnect_delay
 from ._batcher import Batcher
-from ._errors import ConnectionLost
-from ._events import JobCancelled, JobCompleted, JobFailed, JobSnoozed, LeaseLost
+from ._connection import ANSWER_TIMEOUT, answered_within
+from ._errors import NotifyqError
 from ._models import Completed, Discarded, Failed, Released, Snoozed
+from .events import JobCancelled, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
     from ._connection import TrioConnection
-    from ._events import Events
     from ._models import Outcome
     from ._pool import Pool
     from ._store import Store
+    from .events import Events
 
 __all__ = ["Settler"]
 
@@ -86,8 +87,12 @@ class Settler:
         while True:
             try:
                 async with self._pool.connection() as connection:
-                    return await self._write(connection, entries)
-            except ConnectionLost:
+                    with answered_within(ANSWER_TIMEOUT):
+                        await self._write(connection, entries)
+                    return
+            except (NotifyqError, psycopg.Error) as error:
+                if failures == 0:
+                    self._events.emit(ServerTrouble("settle", str(error)))
                 failures += 1
                 await trio.sleep(reconnect_delay(failures, self._random))
 
@@ -97,7 +102,7 @@ class Settler:
             settled = await self._settle([outcome for outcome, _ in entries], connection)
         except psycopg.DatabaseError as error:
             if (error.sqlstate or "")[:2] not in DATA_ERRORS:
-                raise ConnectionLost(f"the database did not take outcomes: {error}") from error
+                raise
             if len(entries) == 1:
                 await self._refused(connection, entries[0], error)
                 return
@@ -153,7 +158,11 @@ class Settler:
             elif isinstance(outcome, Completed):
                 emit(JobCompleted(queue, job, attempt, outcome.seconds))
             elif isinstance(outcome, Failed):
-                emit(JobFailed(queue, job, attempt, outcome.type, outcome.message, settled[job]))
+                state = settled[job]
+                if state == "cancelled":  # it had been asked for meanwhile
+                    emit(JobCancelled(queue, job, attempt))
+                else:
+                    emit(JobFailed(queue, job, attempt, outcome.type, outcome.message, state))
             elif isinstance(outcome, Snoozed):
                 emit(JobSnoozed(queue, job, attempt))
             elif isinstance(outcome, Discarded):

@@ -20,6 +20,7 @@ from ._errors import (
     NoLease,
     NotifyqError,
     SchemaMismatch,
+    ServerTrouble,
     UnknownQueue,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "send_parameters",
     "send_statement",
     "translated",
+    "whole",
 ]
 
 _CASTS = {
@@ -78,6 +80,10 @@ _ELSEWHERE = {
 """Options of other systems, and what does their job here."""
 
 
+LONGEST = 100 * 365.0 * 86_400
+"""Seconds: the longest duration that ``sql/functions/10_send.sql`` takes."""
+
+
 def check_options(given: Iterable[str], allowed: Iterable[str], of: str) -> None:
     """Refuse option names that do not exist, saying what to use instead. Raises ``InvalidOption``."""
     allowed = tuple(allowed)
@@ -100,11 +106,17 @@ def check_schema_name(schema: str) -> str:
 
 def seconds(value: float | timedelta, option: str) -> float:
     """A duration in seconds. Raises ``InvalidOption`` if it is not a finite number of seconds or a timedelta."""
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e10:
-        raise InvalidOption(f"{option} must be a number of seconds or a timedelta, not {value!r}")
-    return float(value)
+    number = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LONGEST:
+        raise InvalidOption(f"{option} must be a number of seconds or a timedelta, at most 100 years, not {value!r}")
+    return float(number)
+
+
+def whole(value: Any, option: str, least: int, most: int) -> int:
+    """An int within bounds. Raises ``InvalidOption``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidOption(f"{option} must be an int from {least} to {most}, not {value!r:.100}")
+    return value
 
 
 def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,9 +133,7 @@ def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
         elif name in _DURATIONS or name == "delay":
             plain[name] = seconds(value, name)
         elif name in ("priority", "retry_limit"):
-            if isinstance(value, bool) or not isinstance(value, int) or not -32768 <= value <= 32767:
-                raise InvalidOption(f"{name} must be an int from -32768 to 32767, not {value!r}")
-            plain[name] = value
+            plain[name] = whole(value, name, -32768, 32767)
         elif name == "retry_backoff":
             if not isinstance(value, bool):
                 raise InvalidOption(f"retry_backoff must be True or False, not {value!r}")
@@ -161,7 +171,8 @@ def many_entry(data: str, options: Mapping[str, Any]) -> str:
     """One element of the JSON array that ``send_many`` takes. ``data`` is JSON text. Raises ``InvalidOption``."""
     if not options:
         return f'{{"data":{data}}}'
-    return f'{{"data":{data},{to_json(_plain_options(options))[1:]}'
+    plain = _plain_options(options)
+    return f'{{"data":{data},{to_json(plain)[1:]}' if plain else f'{{"data":{data}}}'
 
 
 def send_call(function: str, placeholder: str) -> str:
@@ -191,6 +202,10 @@ _ERRORS: dict[str, type[NotifyqError]] = {
 """SQLSTATEs, and what they mean when one of our functions is called."""
 
 
+_PASSING = ("40", "53", "55", "57", "58")
+"""SQLSTATE classes of trouble that passes: rollbacks, resources, locks, interventions, system errors."""
+
+
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
     """Raise psycopg's errors as ours where we have one; others pass unchanged."""
@@ -210,6 +225,8 @@ def as_ours(error: psycopg.Error) -> NotifyqError | None:
         return kind(_message(error, kind))
     if is_connection_loss(error):
         return ConnectionLost(f"the connection to the server broke: {_first_line(error)}")
+    if (error.sqlstate or "")[:2] in _PASSING:
+        return ServerTrouble(f"the server could not do it now: {_first_line(error)}")
     return None
 
 

@@ -11,7 +11,7 @@ import attrs
 from psycopg import sql
 
 from ._calls import Calls, intervals
-from ._models import Claimed, JobRecord
+from ._models import Beat, Claimed, JobRecord, QueueInfo
 from ._sql import many_entry, send_call, send_parameters, translated
 
 if TYPE_CHECKING:
@@ -20,28 +20,7 @@ if TYPE_CHECKING:
 
     from ._connection import TrioConnection
 
-__all__ = ["Beat", "QueueInfo", "Store"]
-
-
-@attrs.frozen
-class Beat:
-    """What ``beat()`` told: see ``sql/functions/60_lease.sql``."""
-
-    renewed: bool
-    cancels: list[int]
-    ready: list[int]
-    lapse_in: float | None
-
-
-@attrs.frozen
-class QueueInfo:
-    """A queue as the runtime needs it."""
-
-    number: int
-    channel: str
-    retry_limit: int
-    kept: bool
-    max_data_bytes: int
+__all__ = ["Store"]
 
 
 _CLAIM: LiteralString = (
@@ -312,8 +291,11 @@ class Store:
         )
 
     async def beat(self, connection: TrioConnection, runtime: UUID, queues: Sequence[int]) -> Beat:
-        statement: LiteralString = "select renewed, cancels, ready, lapse_in from {s}.beat($1::uuid, $2::int[])"
+        statement: LiteralString = "select renewed, cancels, ready, due_in, lapse_in from {s}.beat($1::uuid, $2::int[])"
         return Beat(*await self._calls.row(connection, statement, runtime, queues))
+
+    async def stop(self, connection: TrioConnection, runtime: UUID) -> None:
+        await self._calls.value(connection, "select {s}.stop($1::uuid)", runtime)
 
     async def held(self, connection: TrioConnection, runtime: UUID) -> set[tuple[int, int]]:
         return set(await self._calls.rows(connection, "select job, attempt from {s}.held($1::uuid)", runtime))
@@ -327,13 +309,18 @@ class Store:
 
     # maintenance
 
-    async def maintain(self, connection: TrioConnection) -> bool:
-        """Expire, purge and turn the archive's leaves. True: there is more to do."""
-        return bool(await self._calls.value(connection, "select {s}.maintain()"))
+    async def expire(self, connection: TrioConnection) -> int:
+        return int(await self._calls.value(connection, "select {s}.expire()"))
 
-    async def turn_leaves(self, connection: TrioConnection) -> int:
+    async def purge(self, connection: TrioConnection) -> int:
+        return int(await self._calls.value(connection, "select {s}.purge()"))
+
+    async def make_leaves(self, connection: TrioConnection) -> int:
         """Make the archive's leaves for today and the next days, so that completions find them."""
-        return int(await self._calls.value(connection, "select {s}.turn_leaves()"))
+        return int(await self._calls.value(connection, "select {s}.make_leaves()"))
+
+    async def drop_leaf(self, connection: TrioConnection) -> bool:
+        return bool(await self._calls.value(connection, "select {s}.drop_leaf()"))
 
     # listening
 

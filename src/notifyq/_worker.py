@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ._claimer import Claimer
+from ._connection import ANSWER_TIMEOUT, answered_within
 from ._executor import Executor
-from ._models import Released
+from ._models import Discarded, Released
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Container, Sequence
     from uuid import UUID
 
-    from ._events import Events
-    from ._executor import Middleware
     from ._lock import QuickLock
-    from ._models import Claimed, JobHandle
+    from ._middleware import Middleware
+    from ._models import Claimed, JobHandle, QueueInfo
     from ._pool import Pool
     from ._queue import Queue
     from ._settler import Settler
-    from ._store import QueueInfo, Store
+    from ._store import Store
+    from .events import Events
 
 __all__ = ["QueueWorker"]
 
@@ -60,6 +61,7 @@ class QueueWorker:
             poll_interval=worker.poll_interval,
             claim=self._claim,
             next_due=self._next_due,
+            release=self._release,
             events=events,
         )
         self.executor = Executor(
@@ -73,49 +75,83 @@ class QueueWorker:
             events=events,
         )
         self._claiming = trio.CancelScope()
+        self._started = False
         self._stopped = trio.Event()
+        self._lease_number = 0
+        self._cancelled: Collection[int] = ()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until ``stop()``, run jobs until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.executor.run)
+            self._started = True
             task_status.started()
             with self._claiming:
                 await self.claimer.run()
-            self._hand_back()
+            for claimed in self.claimer.take_back():
+                self._release(claimed)
             self._stopped.set()
 
     async def stop(self) -> None:
         """Claim no more, hand back what has not started, and wait until what runs has ended."""
         self._claiming.cancel()
-        await self._stopped.wait()
+        if self._started:
+            await self._stopped.wait()
         await self.executor.wait_idle()
 
     def lose_all(self) -> None:
         """The lease lapsed: drop what has not started and cancel what runs, without settling."""
+        self._lease_number += 1  # what a claim under way brings is not ours, either
         self.claimer.take_back()
-        self.executor.abandon(set())
+        self.executor.abandon(None)
+
+    def lose(self, attempts: Container[tuple[int, int]]) -> None:
+        """These attempts are no longer ours: drop or cancel them, without settling."""
+        self.claimer.drop({job for job, attempt in self.claimer.waiting() if (job, attempt) in attempts})
+        self.executor.abandon(attempts)
+
+    def cancel(self, jobs: Collection[int]) -> None:
+        """Cancel jobs, as far as they run or wait here; they end as cancelled."""
+        self._cancelled = jobs
+        for claimed in self.claimer.drop(jobs):
+            self._discard(claimed)
+        self.executor.cancel(jobs)
+
+    def _discard(self, claimed: Claimed) -> None:
+        self._settler.put(Discarded(claimed.id, claimed.attempt), self.queue.name)
 
     def known(self) -> set[tuple[int, int]]:
         """The attempts that run or wait here, as (job, attempt)."""
         return self.executor.running() | self.claimer.waiting()
 
-    def _hand_back(self) -> None:
-        for claimed in self.claimer.take_back():
-            self._settler.put(Released(claimed.id, claimed.attempt), self.queue.name)
+    def _release(self, claimed: Claimed) -> None:
+        self._settler.put(Released(claimed.id, claimed.attempt), self.queue.name)
 
     async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
         # A claim that a crash of the server forgets is made again; without retries it must not run twice.
         durably = self.info.retry_limit == 0
+        lease_number = self._lease_number
+        self._cancelled = ()
         try:
             async with self._turn, self._pool.connection() as connection:
-                return await self._store.claim(
-                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=durably
-                )
+                with answered_within(ANSWER_TIMEOUT):
+                    jobs = await self._store.claim(
+                        connection, self.queue.name, how_many, self._runtime, floors=floors, durably=durably
+                    )
         except BaseException:
             self.claim_failed = True
             raise
+        if lease_number != self._lease_number:
+            self.claim_failed = True
+            return []
+        if self._cancelled:  # asked for while the claim was under way
+            for job in jobs:
+                if job.id in self._cancelled:
+                    self._discard(job)
+            jobs = [job for job in jobs if job.id not in self._cancelled]
+        return jobs
 
     async def _next_due(self) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:
-            return await self._store.next_due(connection, self.info.number)
+            with answered_within(ANSWER_TIMEOUT):
+                return await self._store.next_due(connection, self.info.number)

@@ -20,22 +20,27 @@ from psycopg import sql
 
 from . import _schema
 from ._bell import Bell
-from ._client import Client, connect, resolve_dsn
 from ._codec import from_json
+from ._connect import connect, resolve_dsn
 from ._connection import open_connection
 from ._errors import InvalidOption
-from ._events import Event, JobCancelled, JobCompleted, JobFailed, JobSnoozed
 from ._runtime import Runtime
+from .events import Event, JobCancelled, JobCompleted, JobFailed, JobSnoozed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
     from datetime import timedelta
 
-    from ._executor import Middleware
+    from ._client import Client
+    from ._middleware import Middleware
     from ._models import In
     from ._queue import Queue
 
 __all__ = ["age_jobs", "embedded_server", "fresh_database", "run_waiting", "sent", "with_database"]
+
+
+LOOK_EVERY = 0.1
+"""Seconds between looks whether everything has been run, when no event says so."""
 
 
 @contextlib.contextmanager
@@ -132,6 +137,7 @@ async def run_waiting(
     """
     runtime = Runtime(queues, dsn=dsn, schema=schema, middleware=middleware, grace=0)
     ended: Counter[str] = Counter()
+    raised: Exception | None = None
     bell = Bell()
     kinds: dict[type[Event], str] = {
         JobCompleted: "completed",
@@ -147,14 +153,20 @@ async def run_waiting(
     runtime.subscribe(count, *kinds)
     names = {queue.name for queue in runtime.queues}
     async with trio.open_nursery() as nursery:
-        client = await nursery.start(runtime.run)
-        while True:
-            bell.clear()
-            stats = [row for row in await client.queue_stats() if row["queue"] in names]
-            if not any(row["ready"] or row["active"] or row["due"] for row in stats):
-                break
-            await bell.wait()
+        try:
+            client = await nursery.start(runtime.run)
+            while True:
+                bell.clear()
+                stats = [row for row in await client.queue_stats() if row["queue"] in names]
+                if not any(row["ready"] or row["active"] or row["due"] for row in stats):
+                    break
+                with trio.move_on_after(LOOK_EVERY):  # a job that deletes itself, say, ends without an event
+                    await bell.wait()
+        except Exception as error:
+            raised = error  # and not the nursery's group of one
         runtime.stop()
+    if raised is not None:
+        raise raised
     return ended
 
 

@@ -14,7 +14,7 @@ import trio
 import trio.lowlevel
 
 import notifyq
-from notifyq import Job, Queue, _events
+from notifyq import Job, Queue, events
 
 APP = """
 import notifyq, trio
@@ -147,14 +147,14 @@ async def test_killed_backends_cost_no_job(start, nq, connection):
         return job.data
 
     seen = await start(queue)
-    ups = len(seen.of(_events.ListenerUp))
+    ups = len(seen.of(events.ListenerUp))
     sent = [await nq.send(queue, 0)]
     for number in range(1, 4):
         await connection.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity"
             " where pid <> pg_backend_pid() and datname = current_database()"
         )
-        await seen.wait(_events.ListenerUp, ups + number)
+        await seen.wait(events.ListenerUp, ups + number)
         with trio.fail_after(10):
             while len(sent) <= number:
                 try:
@@ -176,12 +176,12 @@ async def test_an_outcome_of_a_lost_attempt_is_refused(start, nq, connection):
 
     seen = await start(queue)
     sent = await nq.send(queue, 1)
-    await seen.wait(_events.JobClaimed)
+    await seen.wait(events.JobClaimed)
     # what a rescue does, without waiting for a lease to lapse
     await connection.execute("update notifyq.active set deadline = now() - interval '1 second'")
     await connection.execute("select notifyq.rescue()")
     gate.set()
-    await seen.wait(_events.LeaseLost)
+    await seen.wait(events.LeaseLost)
     with trio.fail_after(5):
         assert await nq.result(sent) == 2
 
@@ -201,7 +201,7 @@ async def test_a_runtime_that_lost_its_lease_cancels_its_handlers_and_registers_
 
     seen = await start(queue, lease=1.0)
     sent = await nq.send(queue, 1)
-    await seen.wait(_events.JobClaimed)
+    await seen.wait(events.JobClaimed)
     await connection.execute("select notifyq.deregister(id) from notifyq.runtime")
     with trio.fail_after(10):
         await cancelled.wait()

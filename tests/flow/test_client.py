@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 import notifyq
-from notifyq import Job, NewJob, Queue, _events, _schema, testing
+from notifyq import Job, NewJob, Queue, _schema, events, testing
 from notifyq._connection import open_connection
 
 Q = Queue("q", int, int, retry_delay=0)
@@ -55,7 +55,7 @@ async def test_fetch_complete_and_fail_by_hand(nq):
 
 
 async def test_a_waiter_is_woken_by_the_announcement_not_by_polling(nq, monkeypatch):
-    monkeypatch.setattr("notifyq._client.RESULT_POLL", 3600.0)
+    monkeypatch.setattr("notifyq._results.POLL", 3600.0)
     await nq.create_queue(Q)
     sent = await nq.send_many(Q, range(3))
     results = []
@@ -205,7 +205,7 @@ async def test_a_runtime_starts_stops_and_starts_again(start, nq):
 
     seen = await start(queue)
     seen.runtime.stop()
-    await seen.wait(_events.RuntimeStopped)
+    await seen.wait(events.RuntimeStopped)
     assert await nq.runtimes() == []
     await start(queue)
     with trio.fail_after(5):

@@ -13,7 +13,7 @@ import trio
 
 import notifyq
 from notifyq import Job, Queue
-from notifyq._events import HandlerStuck, JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost
+from notifyq.events import HandlerStuck, JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -230,7 +230,7 @@ async def test_a_queue_that_keeps_nothing_keeps_nothing(ask):
 
 async def test_leaves_are_made_ahead_dropped_when_due_and_what_is_kept_is_purged(ask, queue):
     await ask("select notifyq.create_queue('long', '{\"retention\": \"90 days\"}')")
-    assert (await ask("select notifyq.turn_leaves()"))[0][0] == 4
+    assert (await ask("select notifyq.make_leaves()"))[0][0] == 4
     await ask("select notifyq.send(n) from unnest('{q,long}'::text[]) n")
     await ask("select notifyq.complete(c.id) from unnest('{q,long}'::text[]) n, notifyq.claim(n) c")
     assert await ask("select count(*) from notifyq.archive_default") == [(0,)]

@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from notifyq import Queue, __version__, connect, testing
-from notifyq._client import resolve_dsn
+from notifyq._connect import resolve_dsn
 
 from ._sql import SETTINGS
 from ._workloads import WORKLOADS, Settings, set_up

@@ -10,11 +10,14 @@
 | JobSnoozed, JobCancelled | the worker put it off; it was cancelled or discarded |
 | JobsRescued | jobs of another runtime, which died, are back in line |
 | LeaseLost | an outcome was refused: the attempt was no longer ours |
+| LeaseGivenUp | the runtime could not renew its lease in time: it has cancelled its handlers |
+| ServerTrouble | a statement of the runtime's own failed, and is tried again; once for a row of failures |
 | HandlerStuck | a handler ignores cancellation, or blocks the event loop |
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import attrs
@@ -32,12 +35,16 @@ __all__ = [
     "JobFailed",
     "JobSnoozed",
     "JobsRescued",
+    "LeaseGivenUp",
     "LeaseLost",
     "ListenerDown",
     "ListenerUp",
     "RuntimeStarted",
     "RuntimeStopped",
+    "ServerTrouble",
 ]
+
+log = logging.getLogger("notifyq")
 
 
 @attrs.frozen
@@ -120,12 +127,24 @@ class LeaseLost(Event):
 
 
 @attrs.frozen
+class LeaseGivenUp(Event):
+    runtime: str
+
+
+@attrs.frozen
+class ServerTrouble(Event):
+    part: str
+    """Of the runtime: ``claim``, ``settle``, ``maintenance`` or ``beat``."""
+    reason: str
+
+
+@attrs.frozen
 class HandlerStuck(Event):
     reason: str
 
 
 class Events:
-    """The subscribers of one runtime. They are called at once, in the event loop: they must not block or raise."""
+    """The subscribers of one runtime. They are called at once, in the event loop: they must not block."""
 
     def __init__(self) -> None:
         self._subscribers: list[tuple[Callable[[Event], object], tuple[type[Event], ...]]] = []
@@ -144,7 +163,10 @@ class Events:
         return wanted
 
     def emit(self, event: Event) -> None:
-        """Tell everybody who subscribed to its kind."""
+        """Tell everybody who subscribed to its kind. What a subscriber raises is logged and ends there."""
         for subscriber, kinds in self._subscribers:
             if isinstance(event, kinds):
-                subscriber(event)
+                try:
+                    subscriber(event)
+                except Exception:
+                    log.exception("a subscriber failed on %r", event)

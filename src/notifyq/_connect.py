@@ -1,0 +1,127 @@
+"""From a DSN to an open client: checks it, reaches the server, brings the schema up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import psycopg
+import trio
+
+from . import _schema
+from ._client import Client
+from ._connection import open_connection
+from ._errors import ConnectionLost, InvalidOption
+from ._listener import Listener
+from ._pool import Pool
+from ._sql import check_schema_name, seconds, translated, whole
+from ._store import Store
+from .events import Events
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+__all__ = ["connect", "prepare", "resolve_dsn"]
+
+PATIENCE_PAUSE = 0.5
+"""Seconds between tries to reach a server that is starting."""
+
+
+def resolve_dsn(dsn: str | None) -> str:
+    """The DSN given, or ``DATABASE_URL``. Raises ``InvalidOption``, which never quotes it, if there is none or it is bad."""
+    found = dsn if dsn is not None else os.environ.get("DATABASE_URL")
+    if not found:
+        raise InvalidOption("no database: give dsn=..., or set DATABASE_URL=postgresql://user@host:5432/database")
+    try:
+        psycopg.conninfo.conninfo_to_dict(found)
+    except psycopg.ProgrammingError:
+        # libpq's own words quote parts of it, passwords too.
+        raise InvalidOption(
+            "the DSN is not one: use postgresql://user:password@host:5432/database, or key=value pairs"
+        ) from None
+    return found
+
+
+async def prepare(dsn: str, schema: str, *, migrate: bool, patience: float) -> None:
+    """Reach the server within ``patience`` seconds and bring the schema up to date, or check that it is.
+
+    Raises ``ConnectionLost``, ``SchemaMismatch`` and ``MissingPrivilege``.
+    """
+    deadline = trio.current_time() + patience
+    while True:
+        try:
+            with translated():
+                connection = await open_connection(dsn, connect_timeout=max(2, int(patience)))
+            break
+        except ConnectionLost as error:
+            if _is_final(error):
+                raise ConnectionLost(f"the server refused the connection: {error.__cause__}") from error
+            if trio.current_time() + PATIENCE_PAUSE > deadline:
+                raise ConnectionLost(f"cannot reach the server within {patience:g} s: {error.__cause__}") from error
+            await trio.sleep(PATIENCE_PAUSE)
+    try:
+        if migrate:
+            await _schema.apply(connection, schema)
+        else:
+            await _schema.check(connection, schema)
+    finally:
+        await connection.close()
+
+
+def _is_final(error: ConnectionLost) -> bool:
+    """Whether the server answered with a refusal that waiting does not change: a bad password, no such database.
+
+    libpq gives no SQLSTATE for these. Unknown words count as passing.
+    """
+    text = str(error.__cause__)
+    return any(words in text for words in ("authentication failed", "does not exist", "no pg_hba.conf entry"))
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    dsn: str | None = None,
+    *,
+    schema: str = "notifyq",
+    migrate: bool = True,
+    pool_size: int = 10,
+    connect_timeout: float = 10.0,
+) -> AsyncIterator[Client]:
+    """Open a client for the block.
+
+    Args:
+        dsn: a PostgreSQL URI or key=value string (default: the environment's ``DATABASE_URL``).
+        schema: the schema that holds this installation.
+        migrate: install or upgrade it if need be; False for a role that may not, which is told if it does not fit.
+        pool_size: most connections at once, opened when needed.
+        connect_timeout: seconds to reach the server at first, and later to wait for a free connection.
+
+    Raises:
+        InvalidOption: no DSN, or a bad one; a bad schema name; a number out of range.
+        ConnectionLost: the server could not be reached in time, or refused the connection.
+        SchemaMismatch: the schema is newer, or ``migrate=False`` and it is missing or older.
+        MissingPrivilege: the role may not install it.
+    """
+    dsn = resolve_dsn(dsn)
+    check_schema_name(schema)
+    whole(pool_size, "pool_size", 1, 1000)
+    if not 0 < seconds(connect_timeout, "connect_timeout") <= 86_400:
+        raise InvalidOption(f"connect_timeout must be above zero and at most 86400 seconds, not {connect_timeout!r}")
+    await prepare(dsn, schema, migrate=migrate, patience=connect_timeout)
+    store = Store(schema)
+    raised: Exception | None = None
+    async with (
+        Pool(dsn, size=pool_size, connect_timeout=connect_timeout) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        listener = Listener(dsn, store, Events())
+        client = Client(pool, store, listener, lambda: nursery.start_soon(listener.run))
+        try:
+            yield client
+        except Exception as error:
+            raised = error  # and not the nursery's group of one
+        finally:
+            client.close()
+            nursery.cancel_scope.cancel()
+    if raised is not None:
+        raise raised

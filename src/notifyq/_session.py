@@ -1,0 +1,303 @@
+"""One run of a runtime, from register to deregister: starts its parts, passes on what the heart and the listener hear."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import psycopg
+import trio
+
+from ._beat import Heart
+from ._bell import Bell
+from ._client import Client
+from ._codec import to_json
+from ._errors import ConnectionLost, LeaseLost, NotifyqError
+from ._lock import QuickLock
+from ._maintenance import Maintenance
+from ._models import Released
+from ._schema import VERSION
+from ._settler import Settler
+from ._watchdog import Watchdog
+from ._worker import QueueWorker
+from .events import RuntimeStarted, RuntimeStopped
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from ._listener import Listener
+    from ._middleware import Middleware
+    from ._models import Beat, Job
+    from ._pool import Pool
+    from ._queue import Queue
+    from ._store import Store
+    from .events import Events
+
+__all__ = ["Session", "Settings"]
+
+log = logging.getLogger("notifyq")
+
+FLUSH_SECONDS = 10.0
+"""Seconds the last outcomes and the goodbye get when the server is slow or away; after that, others rescue."""
+
+STOP_SECONDS = 5.0
+"""Seconds a cancelled handler gets to end; after that the process goes on without it."""
+
+
+@attrs.frozen
+class Settings:
+    """What a runtime was told to do."""
+
+    id: UUID
+    queues: Sequence[Queue[Any, Any]]
+    middleware: Sequence[Middleware]
+    lease: float
+    """Seconds."""
+    grace: float
+    """Seconds."""
+    events: Events
+
+
+class Session:
+    """One run of a runtime, from register to deregister."""
+
+    def __init__(self, settings: Settings, store: Store, listener: Listener, pool: Pool, handlers: Pool) -> None:
+        """``pool`` is for what the runtime itself does, ``handlers`` for the client that its jobs get."""
+        self._settings = settings
+        self._id = settings.id
+        self._events = settings.events
+        self._pool = pool
+        self._store = store
+        self._listener = listener
+        self._settler = Settler(pool, store, settings.id, settings.events)
+        self._maintenance = Maintenance(pool, store, settings.events)
+        self._heart = Heart(
+            str(settings.id),
+            settings.lease,
+            beat=self._beat,
+            register=self._register_anew,
+            told=self._told,
+            lost=self._lose,
+            events=settings.events,
+        )
+        self._workers: list[QueueWorker] = []
+        self._turn = QuickLock()
+        self._doubt = Bell()
+        self._reconnected = False
+        self._strays: set[tuple[int, int]] = set()
+        self._grace = trio.CancelScope()
+        self.client = Client(handlers, store, listener, None)
+
+    async def begin(self, *, declare: bool) -> None:
+        """Create the queues if need be, learn their numbers, register."""
+        queues = self._settings.queues
+        async with self._pool.connection() as connection:
+            declared = [needed for queue in queues for needed in queue.with_dead_letters()] if declare else []
+            for queue in dict.fromkeys(declared):
+                done = await self._store.create_queue(connection, queue.name, to_json(queue.options))
+                if done.startswith("differs"):
+                    log.warning("queue %s: in the database %s (update_queue changes it)", queue.name, done)
+            for queue in queues:
+                info = await self._store.queue(connection, queue.name)
+                worker = QueueWorker(
+                    queue,
+                    info,
+                    pool=self._pool,
+                    store=self._store,
+                    runtime=self._id,
+                    settler=self._settler,
+                    handle=self,
+                    middleware=self._settings.middleware,
+                    events=self._events,
+                    turn=self._turn,
+                )
+                self._workers.append(worker)
+                self._listener.add_channel(info.channel, worker.claimer.heard)
+                self._listener.on_connected(worker.claimer.look_again)
+            self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
+            self._listener.on_connected(self._look_what_is_held)
+            await self._store.make_leaves(connection)
+        await self._register()
+
+    async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
+        """Start all parts, wait for the stop, and end them in order, also when cancelled: then without grace."""
+        ended = trio.Event()
+
+        async def parts() -> None:
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._run_parts(stopping, task_status)
+            finally:
+                ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts)
+            try:
+                await ended.wait()
+            finally:
+                self._grace.cancel()
+                stopping.set()
+
+    async def _run_parts(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
+        names = tuple(worker.queue.name for worker in self._workers)
+        async with trio.open_nursery() as support, trio.open_nursery() as running:
+            try:
+                await support.start(self._listener.run)
+                await support.start(self._settler.run)
+                await support.start(self._heart.run)
+                await support.start(Watchdog(self._settings.lease, self._events).run)
+                support.start_soon(self._reconcile)
+                await support.start(self._maintenance.run)
+                for worker in self._workers:
+                    await running.start(worker.run)
+                self._events.emit(RuntimeStarted(str(self._id), names))
+                task_status.started(self.client)
+                await stopping.wait()
+                support.start_soon(self._say_stopping)
+                with self._grace:
+                    self._grace.deadline = trio.current_time() + self._settings.grace
+                    await self._stop_workers()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._end(running, support)
+                self._events.emit(RuntimeStopped(str(self._id)))
+
+    async def _end(self, running: trio.Nursery, support: trio.Nursery) -> None:
+        with trio.move_on_after(STOP_SECONDS):
+            for worker in self._workers:
+                worker.executor.stop_all()
+            await self._stop_workers()
+        for worker in self._workers:
+            worker.executor.leave_threads()
+        running.cancel_scope.cancel()
+        with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(NotifyqError, psycopg.Error):
+            await self._settler.close()
+            async with self._pool.connection() as connection:
+                await self._store.deregister(connection, self._id)
+        self.client.close()
+        support.cancel_scope.cancel()
+
+    async def _stop_workers(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for worker in self._workers:
+                nursery.start_soon(worker.stop)
+
+    # leases
+
+    async def _register(self) -> None:
+        async with self._pool.connection() as connection:
+            await self._store.register(
+                connection,
+                self._id,
+                [worker.queue.name for worker in self._workers],
+                self._settings.lease,
+                os.getpid(),
+                socket.gethostname(),
+                VERSION,
+            )
+
+    async def _register_anew(self) -> None:
+        async with self._pool.connection() as connection:
+            await self._store.deregister(connection, self._id)
+        self._lose()  # also what was claimed since the lease was given up: it has just been let go of
+        await self._register()
+
+    async def _say_stopping(self) -> None:
+        with contextlib.suppress(NotifyqError, psycopg.Error):
+            async with self._pool.connection() as connection:
+                await self._store.stop(connection, self._id)
+
+    async def _beat(self) -> Beat:
+        """On the listening connection, which that proves; if it does not answer, on another."""
+        queues = [worker.info.number for worker in self._workers]
+        with contextlib.suppress(ConnectionLost), trio.move_on_after(self._settings.lease / 6):
+            return await self._listener.call(lambda connection: self._store.beat(connection, self._id, queues))
+        async with self._pool.connection() as connection:
+            return await self._store.beat(connection, self._id, queues)
+
+    def _told(self, beat: Beat) -> None:
+        """What a beat said."""
+        self._maintenance.rescue_in(beat.lapse_in)
+        for worker in self._workers:
+            worker.cancel(beat.cancels)
+            worker.executor.give_up_stuck()
+            if worker.info.number in beat.ready:
+                worker.claimer.poll()
+            if (seconds := beat.due_in.get(str(worker.info.number))) is not None:
+                worker.claimer.due_in(seconds)
+        if self._strays or any(worker.claim_failed for worker in self._workers):
+            self._doubt.ring()
+
+    def _lose(self) -> None:
+        """The lease lapsed, or is about to: nothing that runs here is ours any longer."""
+        for worker in self._workers:
+            worker.lose_all()
+
+    def _look_what_is_held(self) -> None:
+        self._reconnected = True
+        self._doubt.ring()
+
+    async def _reconcile(self) -> None:
+        """Compare what the database says we hold with what we know, when there is doubt, until cancelled."""
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            before = self._known()
+            if not (before or self._strays or any(worker.claim_failed for worker in self._workers)):
+                continue
+            for worker in self._workers:
+                worker.claim_failed = False
+            reconnected, self._reconnected = self._reconnected, False
+            try:
+                async with self._pool.connection() as connection:
+                    held = await self._store.held(connection, self._id)
+            except (NotifyqError, psycopg.Error):
+                self._reconnected |= reconnected
+                self._workers[0].claim_failed = True  # again after the next beat
+                continue
+            if reconnected:
+                # The server may have forgotten a claim that was not flushed, or be another one: those jobs run again.
+                for worker in self._workers:
+                    worker.lose(before - held)
+            # Held by us but unknown here at two looks in a row: the answer to a claim was lost.
+            strays = held - self._known()
+            for job, attempt in strays & self._strays:
+                self._settler.put(Released(job, attempt), "")
+            self._strays = strays - self._strays
+
+    def _known(self) -> set[tuple[int, int]]:
+        return set().union(*(worker.known() for worker in self._workers))
+
+    # control requests
+
+    def _told_by_control(self, payload: str) -> None:
+        """Anybody may send this: it is a hint that there is something to be told, and what it says is not believed."""
+        what, _, ids = payload.partition(":")
+        known = {str(job) for job, _attempt in self._known()}
+        # While a claim is under way its jobs are not known here yet.
+        if what == "cancel" and (self._turn.held or not known.isdisjoint(ids.split(","))):
+            self._heart.soon()
+
+    # what a job asks of its runtime
+
+    async def progress(self, job: Job[Any], progress: Any) -> None:
+        async with self.client.connection() as connection:
+            if not await self._store.progress(connection, job.id, to_json(progress), job.attempt, self._id):
+                raise LeaseLost(job.id, job.attempt)
+
+    async def touch(self, job: Job[Any], seconds: float) -> None:
+        for worker in self._workers:
+            # A batch is one call with one deadline: all its jobs get the time.
+            together = worker.executor.together(job.id)
+            if together:
+                async with self.client.connection() as connection:
+                    for each in together:
+                        touched = await self._store.touch(connection, each.id, seconds, each.attempt, self._id)
+                        if not touched and each is job:
+                            raise LeaseLost(job.id, job.attempt)
+                worker.executor.extend(job.id, seconds)
