@@ -12,7 +12,7 @@ from ._sql import as_ours
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._connection import TrioConnection
+    from ._connection import Reply, TrioConnection
 
 __all__ = ["Calls", "intervals", "literal"]
 
@@ -26,17 +26,24 @@ class Calls:
 
     async def rows(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> list[Any]:
         """Run a statement: ``{s}`` in it is the schema, ``$1`` the first argument. Raises our errors and psycopg's."""
-        statement = self._composed.get(text)
-        if statement is None:
-            statement = sql.SQL(text).format(s=sql.Identifier(self.schema)).as_string(None)
-            self._composed[text] = statement
         try:
-            return await connection.fetch(statement, [literal(argument) for argument in arguments])
+            return await connection.fetch(self._statement(text), [literal(argument) for argument in arguments])
         except psycopg.Error as error:
             ours = as_ours(error)
             if ours is None:
                 raise
             raise ours from error
+
+    def send(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> Reply | None:
+        """Send a statement without waiting for anything, if that can be done at once: see ``TrioConnection.send``."""
+        return connection.send(self._statement(text), [literal(argument) for argument in arguments])
+
+    def _statement(self, text: LiteralString) -> str:
+        statement = self._composed.get(text)
+        if statement is None:
+            statement = sql.SQL(text).format(s=sql.Identifier(self.schema)).as_string(None)
+            self._composed[text] = statement
+        return statement
 
     async def row(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> Any:
         """The first row, or None."""

@@ -36,6 +36,7 @@ T = TypeVar("T")
 __all__ = [
     "ANSWER_TIMEOUT",
     "CANCEL_GRACE",
+    "Reply",
     "TrioConnection",
     "answered_within",
     "open_connection",
@@ -97,7 +98,6 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             cursor = psycopg.AsyncRawCursor(self)
             await cursor.execute(statement.encode(), parameters)
             return await cursor.fetchall()
-        values = [None if parameter is None else parameter.encode() for parameter in parameters]
         async with self.lock:
             known = self._statements.get(statement)
             if known is None:
@@ -108,11 +108,27 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 await self._result()
                 known.name = name
             if known.name is None:
-                self.pgconn.send_query_params(statement.encode(), values)
+                self.pgconn.send_query_params(statement.encode(), _encoded(parameters))
             else:
-                self.pgconn.send_query_prepared(known.name, values)
-            result = await self._result()
-            return known.load(result)
+                self.pgconn.send_query_prepared(known.name, _encoded(parameters))
+            return known.load(await self._result())
+
+    def send(self, statement: str, parameters: Sequence[str | None] = ()) -> Reply | None:
+        """Send a statement without waiting for anything, if it is prepared and the connection is free; else None.
+
+        Nobody can use the connection until the reply has been awaited.
+        """
+        known = self._statements.get(statement)
+        if known is None or known.name is None or self._pipeline is not None or not self._autocommit:
+            return None
+        if not self.lock.acquire_nowait():  # type: ignore[attr-defined]
+            return None
+        try:
+            self.pgconn.send_query_prepared(known.name, _encoded(parameters))
+        except psycopg.Error:  # it broke: the next one to use it will be told
+            self.lock.release()
+            return None
+        return Reply(self, known)
 
     async def _result(self) -> pq.abc.PGresult:
         """The result of the one statement that was sent."""
@@ -200,6 +216,25 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def dict_cursor(self) -> psycopg.AsyncCursor[dict[str, Any]]:
         """A cursor whose rows are dictionaries."""
         return self.cursor(row_factory=dict_row)
+
+
+def _encoded(parameters: Sequence[str | None]) -> list[bytes | None]:
+    return [None if parameter is None else parameter.encode() for parameter in parameters]
+
+
+class Reply:
+    """The reply to a statement that was sent. It must be awaited, once."""
+
+    def __init__(self, connection: TrioConnection, statement: _Statement) -> None:
+        self._connection = connection
+        self._statement = statement
+
+    async def rows(self) -> list[tuple[Any, ...]]:
+        """Wait for the rows, as ``fetch`` does."""
+        try:
+            return self._statement.load(await self._connection._result())
+        finally:
+            self._connection.lock.release()
 
 
 class _Statement:

@@ -15,12 +15,22 @@ class QuickLock:
         self._permits = permits
 
     async def __aenter__(self) -> None:
-        try:
-            self._semaphore.acquire_nowait()
-        except trio.WouldBlock:
+        if not self.acquire_nowait():
             await self._semaphore.acquire()
 
     async def __aexit__(self, *_: object) -> None:
+        self._semaphore.release()
+
+    def acquire_nowait(self) -> bool:
+        """Take it if it is free; True if it was. Then ``release`` it."""
+        try:
+            self._semaphore.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
         self._semaphore.release()
 
     @property

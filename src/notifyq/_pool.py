@@ -18,7 +18,7 @@ from ._connection import TrioConnection, parameters, run_abandonable
 from ._errors import ClientClosed, ConnectionLost
 from ._lock import QuickLock
 
-__all__ = ["Pool", "PoolStatistics"]
+__all__ = ["Loan", "Pool", "PoolStatistics"]
 
 IDLE_RETURN = 30.0
 """Seconds unused after which psycopg's pool gets a connection back, to check it, shrink or replace it."""
@@ -96,21 +96,38 @@ class Pool:
         What the borrower leaves open is rolled back; a connection that broke, or whose query could not be ended, is
         closed and replaced. Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
         """
-        return _Loan(self)
+        return Loan(self)
+
+    def lend_nowait(self) -> Loan | None:
+        """Lend a connection that is at rest, if there is one; the loan must be ended."""
+        if self._closed or not self._permits.acquire_nowait():
+            return None
+        while self._resting:
+            _since, opened = self._resting.pop()
+            if not opened.closed:
+                return Loan(self, opened)
+            self._opener.putconn(opened)
+        self._permits.release()
+        return None
 
     async def _lend(self) -> _Opened:
         """Raises ``ConnectionLost`` and ``ClientClosed``; what it returns must come back by ``_take_back``."""
         if self._closed:
             raise ClientClosed("this client is closed")
-        with trio.move_on_after(self._connect_timeout) as patience:
-            await self._permits.__aenter__()
-        if patience.cancelled_caught:
-            raise ConnectionLost(f"all {self._size} connections were in use for {self._connect_timeout:g} s")
+        if not self._permits.acquire_nowait():
+            with trio.move_on_after(self._connect_timeout) as patience:
+                await self._permits.__aenter__()
+            if patience.cancelled_caught:
+                raise ConnectionLost(f"all {self._size} connections were in use for {self._connect_timeout:g} s")
         try:
             return await self._borrow()
         except BaseException:
-            await self._permits.__aexit__()
+            self._permits.release()
             raise
+
+    def _put_to_rest(self, opened: _Opened) -> None:
+        self._resting.append((trio.current_time(), opened))
+        self._permits.release()
 
     async def _take_back(self, opened: _Opened) -> None:
         try:
@@ -123,7 +140,7 @@ class Pool:
                 self._distrust()
             self._return_unused()
         finally:
-            await self._permits.__aexit__()
+            self._permits.release()
 
     def _distrust(self) -> None:
         """One connection broke: those that rest are of the same time, and most likely broken, too."""
@@ -162,17 +179,34 @@ class _Opened(psycopg.Connection[Any]):
     view: TrioConnection | None = None
 
 
-class _Loan(AbstractAsyncContextManager[TrioConnection]):
+class Loan(AbstractAsyncContextManager[TrioConnection]):
     """A class, not a generator: it is entered twice for every job of an idle runtime."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, opened: _Opened | None = None) -> None:
         self._pool = pool
+        self._opened = opened
 
-    async def __aenter__(self) -> TrioConnection:
-        self._opened = await self._pool._lend()
+    @property
+    def connection(self) -> TrioConnection:
+        """What is lent."""
+        assert self._opened is not None
         if self._opened.view is None:
             self._opened.view = TrioConnection(self._opened)
         return self._opened.view
 
+    async def __aenter__(self) -> TrioConnection:
+        self._opened = await self._pool._lend()
+        return self.connection
+
     async def __aexit__(self, *_: object) -> None:
+        await self.end()
+
+    def end_unused(self) -> None:
+        """Give back a connection on which nothing was done."""
+        assert self._opened is not None
+        self._pool._put_to_rest(self._opened)
+
+    async def end(self) -> None:
+        """Give the connection back."""
+        assert self._opened is not None
         await self._pool._take_back(self._opened)

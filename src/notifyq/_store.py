@@ -15,7 +15,7 @@ from ._models import Beat, Claimed, JobRecord, QueueInfo
 from ._sql import many_entry, send_call, send_parameters, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from uuid import UUID
 
     from ._connection import TrioConnection
@@ -108,6 +108,21 @@ class Store:
         statement = _CLAIM if durably else _CLAIM_UNFLUSHED
         rows = await self._calls.rows(connection, statement, queue, how_many, runtime, lease, priorities, numbers)
         return [Claimed(*row) for row in rows]
+
+    def claim_nowait(
+        self, connection: TrioConnection, queue: str, how_many: int, runtime: UUID, *, durably: bool
+    ) -> Callable[[], Awaitable[list[Claimed]]] | None:
+        """Send a claim from the beginning without waiting, if that can be done at once; its jobs must be awaited."""
+        statement = _CLAIM if durably else _CLAIM_UNFLUSHED
+        reply = self._calls.send(connection, statement, queue, how_many, runtime, None, None, None)
+        if reply is None:
+            return None
+
+        async def claimed() -> list[Claimed]:
+            with translated():
+                return [Claimed(*row) for row in await reply.rows()]
+
+        return claimed
 
     async def complete(
         self,

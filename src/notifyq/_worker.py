@@ -12,7 +12,7 @@ from ._executor import Executor
 from ._models import Discarded, Released
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Container, Sequence
     from uuid import UUID
 
     from ._lock import QuickLock
@@ -60,6 +60,7 @@ class QueueWorker:
             capacity=worker.concurrency * worker.batch_size,
             poll_interval=worker.poll_interval,
             claim=self._claim,
+            claim_nowait=self._claim_nowait,
             next_due=self._next_due,
             release=self._release,
             events=events,
@@ -78,6 +79,7 @@ class QueueWorker:
         self._started = False
         self._stopped = trio.Event()
         self._lease_number = 0
+        self._durably = info.retry_limit == 0
         self._cancelled: Collection[int] = ()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -127,17 +129,49 @@ class QueueWorker:
     def _release(self, claimed: Claimed) -> None:
         self._settler.put(Released(claimed.id, claimed.attempt), self.queue.name)
 
+    # A claim that a crash of the server forgets is made again; without retries it must not run twice: claim durably.
+
     async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
-        # A claim that a crash of the server forgets is made again; without retries it must not run twice.
-        durably = self.info.retry_limit == 0
+        async with self._turn, self._pool.connection() as connection:
+            return await self._answer(
+                lambda: self._store.claim(
+                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
+                )
+            )
+
+    def _claim_nowait(self, how_many: int) -> Callable[[], Awaitable[list[Claimed]]] | None:
+        """Send a claim at once, if it is nobody's turn and a connection is at rest. Its jobs must be awaited."""
+        if not self._turn.acquire_nowait():
+            return None
+        loan = self._pool.lend_nowait()
+        if loan is None:
+            self._turn.release()
+            return None
+        sent = self._store.claim_nowait(
+            loan.connection, self.queue.name, how_many, self._runtime, durably=self._durably
+        )
+        if sent is None:
+            loan.end_unused()
+            self._turn.release()
+            return None
+
+        async def finish() -> list[Claimed]:
+            try:
+                return await self._answer(sent)
+            finally:
+                try:
+                    await loan.end()
+                finally:
+                    self._turn.release()
+
+        return finish
+
+    async def _answer(self, claim: Callable[[], Awaitable[list[Claimed]]]) -> list[Claimed]:
+        """What a claim brings, if it is still for us."""
         lease_number = self._lease_number
         self._cancelled = ()
         try:
-            async with self._turn, self._pool.connection() as connection:
-                with answered_within(ANSWER_TIMEOUT):
-                    jobs = await self._store.claim(
-                        connection, self.queue.name, how_many, self._runtime, floors=floors, durably=durably
-                    )
+            jobs = await claim()
         except BaseException:
             self.claim_failed = True
             raise

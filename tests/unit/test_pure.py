@@ -17,8 +17,8 @@ from notifyq import InvalidData, InvalidOption, Queue, SchemaMismatch, _schema
 from notifyq._backoff import BASE, CAP, reconnect_delay
 from notifyq._batcher import Batcher
 from notifyq._bell import Bell
-from notifyq._claimer import Floor, demand
 from notifyq._codec import decode, encode, to_json
+from notifyq._demand import Floor, demand
 from notifyq._models import Claimed
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement

@@ -24,9 +24,9 @@ def say(**line: Any) -> None:
     print(json.dumps(line), flush=True)
 
 
-async def wait_for_go() -> None:
-    """Wait until the parent writes a line."""
-    await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+async def wait_for_go() -> bool:
+    """Wait until the parent writes a line; False when it has closed stdin."""
+    return bool(await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True))
 
 
 async def enqueue(dsn: str, jobs: int, batch: int, concurrency: int) -> None:
@@ -68,30 +68,33 @@ async def work(dsn: str, concurrency: int) -> None:
 
 
 async def produce(dsn: str, jobs: int, gap: float) -> None:
-    """Send jobs one by one, ``gap`` seconds apart on average, each with the moment it was sent."""
+    """At each go, send so many jobs one by one, ``gap`` seconds apart on average, each with the moment it was sent."""
     spread = random.Random()
     async with connect(dsn, migrate=False) as nq:
         await nq.queue_stats()
         say(ready=True)
-        await wait_for_go()
-        for _ in range(jobs):
-            await trio.sleep(spread.uniform(0.5, 1.5) * gap)
-            await nq.send(LATENCY, time.monotonic_ns())
-        say(done=True)
+        while await wait_for_go():
+            for _ in range(jobs):
+                await trio.sleep(spread.uniform(0.5, 1.5) * gap)
+                await nq.send(LATENCY, time.monotonic_ns())
+            say(done=True)
 
 
 def bare_consume(dsn: str, jobs: int) -> None:
-    """The limit: LISTEN, and claim one row by hand for each notification, in plain psycopg."""
+    """The limit: LISTEN, and claim one row by hand for each notification, in plain psycopg. Tells of every ``jobs`` jobs."""
     pickups: list[int] = []
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(BARE_LISTEN)
         connection.execute(BARE_CLAIM)
         say(ready=True)
-        while len(pickups) < jobs:
+        while True:
+            # until the parent kills it: notifies() can't also wait for stdin
             list(connection.notifies(stop_after=1))
             while (row := connection.execute(BARE_CLAIM).fetchone()) is not None:
                 pickups.append(time.monotonic_ns() - row[0])
-    say(pickups=pickups)
+            if len(pickups) >= jobs:
+                say(pickups=pickups)
+                pickups = []
 
 
 def bare_produce(dsn: str, jobs: int, gap: float) -> None:
@@ -99,11 +102,11 @@ def bare_produce(dsn: str, jobs: int, gap: float) -> None:
     spread = random.Random()
     with psycopg.connect(dsn, autocommit=True) as connection:
         say(ready=True)
-        sys.stdin.readline()
-        for _ in range(jobs):
-            time.sleep(spread.uniform(0.5, 1.5) * gap)
-            connection.execute(BARE_SEND, (time.monotonic_ns(),))
-    say(done=True)
+        while sys.stdin.readline():
+            for _ in range(jobs):
+                time.sleep(spread.uniform(0.5, 1.5) * gap)
+                connection.execute(BARE_SEND, (time.monotonic_ns(),))
+            say(done=True)
 
 
 def main(role: str, dsn: str, *numbers: str) -> None:

@@ -1,0 +1,101 @@
+"""How much to claim, and from where: the demand, the rate it follows, and the floor of the ready index. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from ._models import Claimed
+
+__all__ = ["Floor", "Rate", "demand"]
+
+PREFETCH_SECONDS = 0.1
+"""Observed work claimed beyond what can start at once: enough to hide a round trip, too little to starve a peer."""
+
+PREFETCH_MAX = 2000
+"""Jobs; a larger batch gains nothing measurable and holds its memory."""
+
+TRAIL_SECONDS = 1.0
+"""How far the floor trails the head: transactions may commit a lower number this much later unnoticed."""
+
+MEASURE_SECONDS = 0.02
+MEASURE_COUNT = 10
+"""A sample of the rate is either so many seconds of work or so many jobs."""
+
+
+def demand(capacity: int, running: int, buffered: int, per_second: float) -> int:
+    """How many jobs to claim now: enough for the free slots and about 100 ms of work, but no trickles."""
+    prefetch = min(PREFETCH_MAX, int(per_second * PREFETCH_SECONDS))
+    if buffered > prefetch // 2:
+        return 0
+    return max(0, capacity + prefetch - running - buffered)
+
+
+@attrs.define(eq=False)
+class Floor:
+    """Where the live part of the ready index begins, by priority. A hint: looks from the beginning correct it."""
+
+    numbers: dict[int, int] = attrs.field(factory=dict)
+    _samples: dict[int, deque[tuple[float, int]]] = attrs.field(factory=dict)
+
+    def lower(self, priority: int, number: int) -> None:
+        """A ticket was written at this number."""
+        standing = self.numbers.get(priority)
+        if standing is None or number < standing:
+            self.numbers[priority] = number
+
+    def claimed(self, jobs: list[Claimed], now: float) -> None:
+        """Tickets up to these numbers were claimed; the floor follows a second later."""
+        for job in (jobs[0], jobs[-1]):
+            samples = self._samples.setdefault(job.priority, deque())
+            if not samples or samples[-1][1] < job.number:
+                samples.append((now, job.number))
+            self.numbers.setdefault(job.priority, job.number)
+        for priority, samples in self._samples.items():
+            while samples and samples[0][0] <= now - TRAIL_SECONDS:
+                self.numbers[priority] = max(self.numbers.get(priority, 0), samples.popleft()[1])
+
+    def reset(self) -> None:
+        """Forget everything: the next look from the beginning shows where the live part begins."""
+        self.numbers.clear()
+        self._samples.clear()
+
+
+@attrs.define(eq=False)
+class Rate:
+    """Jobs finished per second while there was something to do."""
+
+    per_second: float = 0.0
+    _count: int = 0
+    _busy_seconds: float = 0.0
+    _busy_since: float | None = None
+
+    def busy(self, now: float) -> None:
+        """There is work from now on."""
+        if self._busy_since is None:
+            self._busy_since = now
+
+    def finished(self, now: float | None) -> None:
+        """A job ended; ``now`` if it was the last one in hand."""
+        self._count += 1
+        if now is not None and self._busy_since is not None:
+            self._busy_seconds += now - self._busy_since
+            self._busy_since = None
+
+    def reset(self) -> None:
+        """What was observed holds no longer."""
+        self.per_second, self._count, self._busy_seconds = 0.0, 0, 0.0
+
+    def measure(self, now: float) -> float:
+        """The rate up to now, half of it from what happened since the last time."""
+        if self._busy_since is not None:
+            self._busy_seconds += now - self._busy_since
+            self._busy_since = now
+        if self._busy_seconds >= MEASURE_SECONDS or self._count >= MEASURE_COUNT:
+            sample = self._count / max(self._busy_seconds, 1e-6)
+            self.per_second = 0.5 * (self.per_second + sample)
+            self._count, self._busy_seconds = 0, 0.0
+        return self.per_second
