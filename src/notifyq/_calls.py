@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, LiteralString
 import psycopg
 from psycopg import sql
 
-from ._sql import as_ours
+from ._sql import raise_as_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from ._connection import Reply, TrioConnection
+    from ._connection import TrioConnection
 
 __all__ = ["Calls", "intervals", "literal"]
 
@@ -29,14 +29,23 @@ class Calls:
         try:
             return await connection.fetch(self._statement(text), [literal(argument) for argument in arguments])
         except psycopg.Error as error:
-            ours = as_ours(error)
-            if ours is None:
-                raise
-            raise ours from error
+            raise_as_ours(error)
 
-    def send(self, connection: TrioConnection, text: LiteralString, *arguments: Any) -> Reply | None:
-        """Send a statement without waiting for anything, if that can be done at once: see ``TrioConnection.send``."""
-        return connection.send(self._statement(text), [literal(argument) for argument in arguments])
+    def send(
+        self, connection: TrioConnection, text: LiteralString, *arguments: Any
+    ) -> Callable[[], Awaitable[list[Any]]] | None:
+        """Send a statement without waiting for anything, if that can be done at once; what it gives brings the rows."""
+        reply = connection.send(self._statement(text), [literal(argument) for argument in arguments])
+        if reply is None:
+            return None
+
+        async def rows() -> list[Any]:
+            try:
+                return await reply.rows()
+            except psycopg.Error as error:
+                raise_as_ours(error)
+
+        return rows
 
     def _statement(self, text: LiteralString) -> str:
         statement = self._composed.get(text)

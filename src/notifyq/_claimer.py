@@ -237,10 +237,13 @@ class Claimer:
                 await self.bell.wait()
 
     def _stale_at(self) -> float:
-        return self._buffer[0].claimed_at + STALE_SECONDS if self._buffer else math.inf
+        # While there are takers, what is buffered is about to be taken.
+        waits = self._buffer and not self._takers
+        return self._buffer[0].claimed_at + STALE_SECONDS if waits else math.inf
 
     def _hand_back_stale(self) -> None:
-        if trio.current_time() < self._stale_at():
+        stale_at = self._stale_at()
+        if stale_at == math.inf or trio.current_time() < stale_at:
             return
         self._rate.reset()
         for job in self.take_back():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import dict_row, tuple_row
+from psycopg.types.json import set_json_loads
 from psycopg.waiting import Ready, Wait
 
 from ._errors import ConnectionLost
@@ -58,6 +60,8 @@ ANSWER_TIMEOUT = 30.0
 
 READ_ONLY = "25006"
 
+_decode_json = json.JSONDecoder().decode
+
 CANCEL_GRACE = 5.0
 """Seconds the server gets to end a cancelled query before its connection is closed."""
 
@@ -73,6 +77,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         self._autocommit = True
         self.prepare_threshold = opened.prepare_threshold
         self.cancel_grace = CANCEL_GRACE
+        set_json_loads(_read_json, self)
         self._statements: dict[str, _Statement] = {}
         self._numbers = itertools.count(1)
 
@@ -216,6 +221,11 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def dict_cursor(self) -> psycopg.AsyncCursor[dict[str, Any]]:
         """A cursor whose rows are dictionaries."""
         return self.cursor(row_factory=dict_row)
+
+
+def _read_json(data: str | bytes) -> Any:
+    """What json.loads() does, without its guess at the encoding: the connection's is UTF-8."""
+    return _decode_json(data if isinstance(data, str) else data.decode())
 
 
 def _encoded(parameters: Sequence[str | None]) -> list[bytes | None]:

@@ -6,7 +6,7 @@ import contextlib
 import re
 from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psycopg
 from psycopg import sql
@@ -33,6 +33,7 @@ __all__ = [
     "check_schema_name",
     "is_connection_loss",
     "many_entry",
+    "raise_as_ours",
     "seconds",
     "send_call",
     "send_parameters",
@@ -212,10 +213,15 @@ def translated() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        ours = as_ours(error)
-        if ours is None:
-            raise
-        raise ours from error
+        raise_as_ours(error)
+
+
+def raise_as_ours(error: psycopg.Error) -> NoReturn:
+    """Raise the error of ours that means the same as this one, or this one."""
+    ours = as_ours(error)
+    if ours is None:
+        raise error
+    raise ours from error
 
 
 def as_ours(error: psycopg.Error) -> NotifyqError | None:

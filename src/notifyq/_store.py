@@ -119,8 +119,7 @@ class Store:
             return None
 
         async def claimed() -> list[Claimed]:
-            with translated():
-                return [Claimed(*row) for row in await reply.rows()]
+            return [Claimed(*row) for row in await reply()]
 
         return claimed
 
