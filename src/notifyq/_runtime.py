@@ -98,6 +98,7 @@ class Runtime:
         self._pool_size = whole(pool_size, "pool_size", 1, 1000)
         self._connect_timeout = connect_timeout
         self._stopping: trio.Event | None = None
+        self._reaching = trio.CancelScope()
         self._logged = False
 
     def subscribe(self, subscriber: Callable[[Event], object], *kinds: type[Event]) -> None:
@@ -108,6 +109,12 @@ class Runtime:
         """Begin the graceful stop; ``run`` returns when it is done. Does nothing if it does not run."""
         if self._stopping is not None:
             self._stopping.set()
+            self._reaching.cancel()
+
+    @property
+    def running(self) -> bool:
+        """Whether ``run()`` has begun and not ended."""
+        return self._stopping is not None
 
     @property
     def stopping(self) -> bool:
@@ -130,16 +137,22 @@ class Runtime:
         if not self._logged:
             self._logged = True
             _logging.subscribe(self.events)
-        await prepare(dsn, self.schema, migrate=self._migrate, patience=self._connect_timeout)
-        store = Store(self.schema)
-        async with (
-            Pool(dsn, size=RUNTIME_CONNECTIONS, connect_timeout=self._connect_timeout) as own,
-            Pool(dsn, size=self._pool_size, connect_timeout=self._connect_timeout) as handlers,
-        ):
-            settings = Settings(self.id, self.queues, self.middleware, self.lease, self.grace, self.events)
-            session = Session(settings, store, Listener(dsn, store, self.events), own, handlers)
-            await session.begin(declare=self._migrate)
-            await session.run(self._stopping, task_status)
+        try:
+            with trio.CancelScope() as self._reaching:
+                await prepare(dsn, self.schema, migrate=self._migrate, patience=self._connect_timeout)
+            if self.stopping:
+                return
+            store = Store(self.schema)
+            async with (
+                Pool(dsn, size=RUNTIME_CONNECTIONS, connect_timeout=self._connect_timeout) as own,
+                Pool(dsn, size=self._pool_size, connect_timeout=self._connect_timeout) as handlers,
+            ):
+                settings = Settings(self.id, self.queues, self.middleware, self.lease, self.grace, self.events)
+                session = Session(settings, store, Listener(dsn, store, self.events), own, handlers)
+                await session.begin(declare=self._migrate)
+                await session.run(self._stopping, task_status)
+        finally:
+            self._stopping = None
 
 
 def run(runtime: Runtime) -> None:
@@ -167,6 +180,8 @@ async def run_until_signal(runtime: Runtime, *, supervised: bool = False) -> Non
                         os._exit(1)
                     if runtime.stopping:
                         log.warning("second signal: stopping at once")
+                        running.cancel()
+                    elif not runtime.running:
                         running.cancel()
                     else:
                         log.info("%s: finishing what runs", signal.Signals(number).name)

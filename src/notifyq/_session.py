@@ -121,7 +121,10 @@ class Session:
                 self._listener.on_connected(worker.claimer.look_again)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
             self._listener.on_connected(self._look_what_is_held)
-            await self._store.make_leaves(connection)
+            with contextlib.suppress(
+                NotifyqError
+            ):  # maintenance makes up for it; the default leaf takes the rows till then
+                await self._store.make_leaves(connection)
         await self._register()
 
     async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:

@@ -74,7 +74,8 @@ class Workers:
             process.send_signal(number)
             status = await trio.to_thread.run_sync(process.wait)
             # SIGTERM ends a process cleanly, or at once if it is still importing
-            assert status in ((0, -signal.SIGTERM) if number == signal.SIGTERM else (-signal.SIGKILL,)), status
+            expected = (0, -signal.SIGTERM) if number == signal.SIGTERM else (-signal.SIGKILL,)
+            assert status in expected, f"{status}, having logged: {(self._folder / 'log').read_text()[-3000:]}"
             self.done[signal.Signals(number).name] += 1
             self.processes[index] = self._start()
 
@@ -126,7 +127,7 @@ async def soak(server: str, seconds: float, seed: int, every: float) -> dict[str
                 cursor = await connection.execute("select count(*) from notifyq.jobs where queue = 'soak/dead'")
                 [(dead,)] = await cursor.fetchall()
     states = Counter(state for state, _, _ in found.values())
-    assert codes == [0, 0, 0], codes
+    assert set(codes) <= {0, -signal.SIGTERM}, codes  # the signal may come while one is still importing
     assert not (ledger.keys() - found.keys()), "jobs vanished"
     # a send whose answer was cut off by the end may have made a job that is not in the ledger
     assert len(found.keys() - ledger.keys()) <= 300

@@ -63,7 +63,7 @@ async def test_retries_at_once_then_fails_with_every_error_kept(start, nq, conne
         with pytest.raises(notifyq.JobFailed, match="ValueError: asked to fail: tea") as caught:
             await nq.result(sent)
     assert (caught.value.state, caught.value.type) == ("failed", "ValueError")
-    assert [event.state for event in seen.of(JobFailed)] == ["ready", "ready", "failed"]
+    assert [event.state for event in await seen.wait(JobFailed, 3)] == ["ready", "ready", "failed"]
     cursor = await connection.execute(
         "select attempt, type, message, traceback like '%%raise ValueError%%' from notifyq.attempt order by attempt"
     )
