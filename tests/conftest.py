@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 import pytest
@@ -12,8 +12,11 @@ import trio
 
 import notifyq
 from notifyq import _schema, events, testing
-from notifyq._connection import TrioConnection, open_connection
+from notifyq._opening import open_connection
 from notifyq._store import Store
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
 
 E = TypeVar("E", bound=events.Event)
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from . import _schema
 from ._client import Client
 from ._connect import connect, resolve_dsn
-from ._connection import open_connection
 from ._errors import InvalidData, InvalidOption
+from ._opening import open_connection
 from ._queue import Queue
 from ._runtime import Runtime, run_until_signal
 from ._sql import check_schema_name, translated

@@ -254,22 +254,22 @@ class Client:
     async def cancel(self, *jobs: Sent[Any] | int) -> list[int]:
         """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.cancel(connection, _ids(jobs))
+            return await self._store.operate(connection, "cancel", _ids(jobs))
 
     async def retry(self, *jobs: Sent[Any] | int) -> list[int]:
         """Give failed jobs one more attempt, at once. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.retry(connection, _ids(jobs))
+            return await self._store.operate(connection, "retry", _ids(jobs))
 
     async def resume(self, *jobs: Sent[Any] | int) -> list[int]:
         """Put cancelled jobs back in line. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.resume(connection, _ids(jobs))
+            return await self._store.operate(connection, "resume", _ids(jobs))
 
     async def delete(self, *jobs: Sent[Any] | int) -> list[int]:
         """Delete jobs in any state. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.delete(connection, _ids(jobs))
+            return await self._store.operate(connection, "delete", _ids(jobs))
 
     async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
         """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""

@@ -11,9 +11,9 @@ import trio
 
 from . import _schema
 from ._client import Client
-from ._connection import open_connection
 from ._errors import ConnectionLost, InvalidOption
 from ._listener import Listener
+from ._opening import open_connection
 from ._pool import Pool
 from ._sql import check_schema_name, seconds, translated, whole
 from ._store import Store

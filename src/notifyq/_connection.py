@@ -1,9 +1,9 @@
 """A psycopg connection that runs under trio, and the only module that touches psycopg's internals.
 
 psycopg 3 splits the protocol (generators that yield what to wait for) from the waiting. ``AsyncConnection``
-does its waiting in ``wait()`` and its locking with ``lock``: giving it a ``wait()`` that parks in trio and a
-``trio.Lock`` is enough for cursors, transactions, pipelines and COPY. The connection itself is opened and
-cancelled by psycopg's blocking code in a thread, which knows about hosts, failover and encrypted cancels.
+does its waiting in ``wait()`` and its locking with ``lock``: giving it a ``wait()`` that parks in trio and a lock of
+trio's is enough for cursors, transactions, pipelines and COPY. Opening and cancelling is left to psycopg's blocking
+code, in a thread: see ``_opening``.
 
 A query that is cancelled is cancelled on the server and its reply read to the end, so the connection is clean
 afterwards; where that does not work within ``CANCEL_GRACE`` it is closed. Nobody gets it mid-query.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -41,19 +40,7 @@ __all__ = [
     "Reply",
     "TrioConnection",
     "answered_within",
-    "open_connection",
-    "parameters",
-    "run_abandonable",
 ]
-
-DEFAULTS = {
-    "connect_timeout": 10,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
-"""libpq parameters (seconds; the last milliseconds) that a DSN may set otherwise: a silent peer is noticed in about 11 s."""
 
 ANSWER_TIMEOUT = 30.0
 """Seconds a runtime's own statement may take: they are small, so longer means that the answer will not come."""
@@ -314,38 +301,6 @@ async def _wait_ready(fd: int, want: Wait) -> Ready:
     return Ready.RW if len(first) == 2 else first[0]
 
 
-async def run_abandonable(function: Callable[[], T], undo: Callable[[T], object]) -> T:
-    """Run a blocking function in a thread. Cancelled: leave at once; what it returns later goes to ``undo``."""
-    guard = threading.Lock()
-    results: list[T] = []
-    abandoned = False
-
-    def run() -> None:
-        result = function()
-        with guard:
-            if not abandoned:
-                results.append(result)
-                return
-        undo(result)
-
-    try:
-        await trio.to_thread.run_sync(run, abandon_on_cancel=True)
-    except trio.Cancelled:
-        with guard:
-            abandoned = True
-        if results:
-            undo(results.pop())
-        raise
-    return results[0]
-
-
-def parameters(dsn: str, **given: Any) -> dict[str, Any]:
-    """How every connection is opened. ``fetch()`` writes its parameters in UTF-8, whatever the database's encoding is."""
-    chosen = psycopg.conninfo.conninfo_to_dict(dsn)
-    defaults = {name: value for name, value in DEFAULTS.items() if name not in chosen}
-    return {"autocommit": True, "client_encoding": "utf8", **defaults, **given}
-
-
 @contextlib.contextmanager
 def answered_within(seconds: float) -> Iterator[None]:
     """Raise ``ConnectionLost`` if the block takes longer: whether what it asked for was done is then unknown."""
@@ -353,12 +308,3 @@ def answered_within(seconds: float) -> Iterator[None]:
         yield
     if patience.cancelled_caught:
         raise ConnectionLost(f"the server did not answer within {seconds:g} s")
-
-
-async def open_connection(dsn: str, **given: Any) -> TrioConnection:
-    """Open a connection in autocommit. Raises ``psycopg.OperationalError``; cancelled, it closes what it opened."""
-
-    def connect() -> psycopg.Connection[Any]:
-        return psycopg.connect(dsn, **parameters(dsn, **given))
-
-    return TrioConnection(await run_abandonable(connect, lambda opened: opened.close()))

@@ -17,8 +17,8 @@ import psycopg
 import trio
 
 from ._backoff import reconnect_delay
-from ._connection import open_connection
 from ._errors import ConnectionLost, NotifyqError
+from ._opening import open_connection
 from ._sql import translated
 from .events import ListenerDown, ListenerUp
 

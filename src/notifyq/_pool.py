@@ -14,9 +14,10 @@ import psycopg
 import psycopg_pool
 import trio
 
-from ._connection import TrioConnection, parameters, run_abandonable
+from ._connection import TrioConnection
 from ._errors import ClientClosed, ConnectionLost
 from ._lock import QuickLock
+from ._opening import parameters, run_abandonable
 
 __all__ = ["Loan", "Pool", "PoolStatistics"]
 

@@ -5,7 +5,7 @@ Errors come as ours where we have one, see ``_sql.as_ours``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, LiteralString
+from typing import TYPE_CHECKING, Any, Literal, LiteralString
 
 import attrs
 from psycopg import sql
@@ -32,6 +32,13 @@ _CLAIM_UNFLUSHED: LiteralString = (
 )
 _SEND: LiteralString = send_call("{s}.try_send", "${}")
 _SEND_PLAIN: LiteralString = "select * from {s}.try_send($1::text, $2::jsonb)"
+Operation = Literal["cancel", "retry", "resume", "delete"]
+_OPERATIONS: dict[Operation, LiteralString] = {
+    "cancel": "select {s}.cancel($1::bigint[])",
+    "retry": "select {s}.retry($1::bigint[])",
+    "resume": "select {s}.resume($1::bigint[])",
+    "delete": "select {s}.delete($1::bigint[])",
+}
 _JOB_FIELDS = [field.name for field in attrs.fields(JobRecord)]
 _JOBS: LiteralString = f"select {', '.join(_JOB_FIELDS)} from {{s}}.jobs"  # noqa: S608 - the fields of a class
 _JOB: LiteralString = _JOBS + " where id = $1"
@@ -184,20 +191,16 @@ class Store:
         return ids
 
     async def release(
-        self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int] | None, runtime: UUID | None
+        self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int], runtime: UUID
     ) -> list[int]:
-        ids: list[int] = await self._calls.value(
-            connection, "select {s}.release($1::bigint[], $2::int[], $3::uuid)", jobs, attempts, runtime
-        )
-        return ids
+        statement: LiteralString = "select {s}.release($1::bigint[], $2::int[], $3::uuid)"
+        return list(await self._calls.value(connection, statement, jobs, attempts, runtime))
 
     async def discard(
-        self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int] | None, runtime: UUID | None
+        self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int], runtime: UUID
     ) -> list[int]:
-        ids: list[int] = await self._calls.value(
-            connection, "select {s}.discard($1::bigint[], $2::int[], $3::uuid)", jobs, attempts, runtime
-        )
-        return ids
+        statement: LiteralString = "select {s}.discard($1::bigint[], $2::int[], $3::uuid)"
+        return list(await self._calls.value(connection, statement, jobs, attempts, runtime))
 
     async def touch(
         self, connection: TrioConnection, job: int, seconds: float, attempt: int | None, runtime: UUID | None
@@ -213,20 +216,9 @@ class Store:
 
     # operate
 
-    async def cancel(self, connection: TrioConnection, jobs: Sequence[int]) -> list[int]:
-        ids: list[int] = await self._calls.value(connection, "select {s}.cancel($1::bigint[])", jobs)
-        return ids
-
-    async def retry(self, connection: TrioConnection, jobs: Sequence[int]) -> list[int]:
-        ids: list[int] = await self._calls.value(connection, "select {s}.retry($1::bigint[])", jobs)
-        return ids
-
-    async def resume(self, connection: TrioConnection, jobs: Sequence[int]) -> list[int]:
-        ids: list[int] = await self._calls.value(connection, "select {s}.resume($1::bigint[])", jobs)
-        return ids
-
-    async def delete(self, connection: TrioConnection, jobs: Sequence[int]) -> list[int]:
-        ids: list[int] = await self._calls.value(connection, "select {s}.delete($1::bigint[])", jobs)
+    async def operate(self, connection: TrioConnection, operation: Operation, jobs: Sequence[int]) -> list[int]:
+        """Cancel, retry, resume or delete jobs; returns those affected."""
+        ids: list[int] = await self._calls.value(connection, _OPERATIONS[operation], jobs)
         return ids
 
     async def delete_all(self, connection: TrioConnection, queue: str, state: str | None) -> int:

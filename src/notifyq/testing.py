@@ -22,8 +22,8 @@ from . import _schema
 from ._bell import Bell
 from ._codec import from_json
 from ._connect import connect, resolve_dsn
-from ._connection import open_connection
 from ._errors import InvalidOption
+from ._opening import open_connection
 from ._runtime import Runtime
 from .events import Event, JobCancelled, JobCompleted, JobFailed, JobSnoozed
 

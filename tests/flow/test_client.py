@@ -14,7 +14,7 @@ import trio.testing
 
 import notifyq
 from notifyq import Job, NewJob, Queue, _schema, events, testing
-from notifyq._connection import open_connection
+from notifyq._opening import open_connection
 
 Q = Queue("q", int, int, retry_delay=0)
 

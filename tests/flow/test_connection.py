@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import psycopg
 import psycopg_pool
@@ -11,9 +12,12 @@ import trio
 from psycopg.pq import TransactionStatus
 
 from notifyq import _connection, testing
-from notifyq._connection import TrioConnection, open_connection, run_abandonable
 from notifyq._errors import ClientClosed, ConnectionLost
+from notifyq._opening import open_connection, run_abandonable
 from notifyq._pool import Pool
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
 
 
 async def value(connection: TrioConnection, statement: str) -> object:

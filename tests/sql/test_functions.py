@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import psycopg
 import pytest
 import trio
 
-from notifyq._connection import TrioConnection, open_connection
+from notifyq._opening import open_connection
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
 
 
 @pytest.fixture

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
 from notifyq import Job, Queue, _schema, events
-from notifyq._connection import TrioConnection, open_connection
+from notifyq._opening import open_connection
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
 
 EXPECTED = Path(__file__).with_name("schema.expected.txt")
 

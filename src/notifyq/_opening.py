@@ -1,0 +1,68 @@
+"""Opens connections: psycopg's blocking code does it in a thread, which knows about hosts, failover and encryption."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+import trio
+
+from ._connection import TrioConnection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+__all__ = ["open_connection", "parameters", "run_abandonable"]
+
+DEFAULTS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""libpq parameters (seconds; the last milliseconds) that a DSN may set otherwise: a silent peer is noticed in about 11 s."""
+
+
+def parameters(dsn: str, **given: Any) -> dict[str, Any]:
+    """How every connection is opened. ``fetch()`` writes its parameters in UTF-8, whatever the database's encoding is."""
+    chosen = psycopg.conninfo.conninfo_to_dict(dsn)
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in chosen}
+    return {"autocommit": True, "client_encoding": "utf8", **defaults, **given}
+
+
+async def run_abandonable(function: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """Run a blocking function in a thread. Cancelled: leave at once; what it returns later goes to ``undo``."""
+    guard = threading.Lock()
+    results: list[T] = []
+    abandoned = False
+
+    def run() -> None:
+        result = function()
+        with guard:
+            if not abandoned:
+                results.append(result)
+                return
+        undo(result)
+
+    try:
+        await trio.to_thread.run_sync(run, abandon_on_cancel=True)
+    except trio.Cancelled:
+        with guard:
+            abandoned = True
+        if results:
+            undo(results.pop())
+        raise
+    return results[0]
+
+
+async def open_connection(dsn: str, **given: Any) -> TrioConnection:
+    """Open a connection in autocommit. Raises ``psycopg.OperationalError``; cancelled, it closes what it opened."""
+
+    def connect() -> psycopg.Connection[Any]:
+        return psycopg.connect(dsn, **parameters(dsn, **given))
+
+    return TrioConnection(await run_abandonable(connect, lambda opened: opened.close()))
