@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -412,3 +413,37 @@ async def test_a_handler_that_deletes_its_own_job_is_not_an_error(start, nq):
     for job in sent:
         with pytest.raises(notifyq.JobNotFound):
             await nq.get(job)
+
+
+async def test_headers_reach_the_worker(start, nq):
+    queue = Queue("q", int)
+
+    @queue.worker
+    async def look(job: Job[int]) -> Any:
+        return job.headers
+
+    await start(queue)
+    with trio.fail_after(5):
+        sent = await nq.send(queue, 1, headers={"traceparent": "00-ab-cd-01", "tenant": "é"})
+        assert await nq.result(sent) == {"traceparent": "00-ab-cd-01", "tenant": "é"}
+        assert await nq.result(await nq.send(queue, 2)) == {}
+
+
+async def test_a_handler_that_blocks_the_loop_is_named_before_the_lease_lapses(start, nq, caplog):
+    queue = Queue("q", int, int)
+    warned_in_time = False
+
+    @queue.worker
+    async def blocking(job: Job[int]) -> int:
+        nonlocal warned_in_time
+        deadline = time.monotonic() + 1.9
+        while time.monotonic() < deadline and not warned_in_time:
+            time.sleep(0.01)  # noqa: ASYNC251 - that is what it is about
+            warned_in_time = "in blocking" in caplog.text
+        return job.attempt
+
+    seen = await start(queue, lease=2.0)
+    with trio.fail_after(10):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+    assert warned_in_time
+    await seen.wait(HandlerStuck)
