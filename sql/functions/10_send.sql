@@ -57,6 +57,20 @@ begin
 end
 $$;
 
+-- True, or NQ003: the key is longer than an index may safely hold.
+create or replace function notifyq.key_fits(id_key text) returns boolean
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if octet_length(key_fits.id_key) > 1000 then
+        raise exception 'id_key of % bytes is over the limit of 1000', octet_length(key_fits.id_key)
+        using errcode = 'NQ003', hint = 'Use a hash of it.';
+    end if;
+    return true;
+end
+$$;
+
 -- Sends one job and says whether it was made: a repeated id_key makes none and returns the
 -- standing job's id. Options left null are inherited from the queue.
 create or replace function notifyq.try_send(
@@ -102,6 +116,7 @@ begin
     try_send.id := nextval('notifyq.job_id_seq');
     try_send.created := true;
     if try_send.id_key is not null then
+        perform notifyq.key_fits(try_send.id_key);
         loop
             insert into notifyq.id_key (queue, key, job)
             values (q.number, try_send.id_key, try_send.id)
@@ -216,7 +231,7 @@ begin
     end if;
     return query
     select * from notifyq.send_each(q, send_many.jobs);
-exception when invalid_text_representation or invalid_datetime_format or datetime_field_overflow or numeric_value_out_of_range then
+exception when data_exception then
     raise exception 'an option of a job for queue % does not fit: %', send_many.queue, sqlerrm using errcode = 'NQ003';
 end
 $$;
@@ -235,6 +250,7 @@ declare
     ids bigint[];
     reserved jsonb;
 begin
+    perform notifyq.key_fits(e.value ->> 'id_key') from jsonb_array_elements(send_each.jobs) e;
     select array_agg(nextval('notifyq.job_id_seq') order by e.ordinality) into ids
     from jsonb_array_elements(send_each.jobs) with ordinality e;
     with inserted as (

@@ -23,9 +23,11 @@ as $$
     returning a.*
 $$;
 
--- Takes the tickets of waiting jobs, wherever they wait, shaped as active ones that were never
--- claimed. Scheduled before ready: that is the way a ticket moves. Locks: tickets.
-create or replace function notifyq.leave_waiting(jobs bigint[]) returns setof notifyq.active
+-- Takes the tickets of jobs that wait in these states, all or only those without a spent attempt,
+-- shaped as active ones that were never claimed. Scheduled before ready: that is the way a ticket
+-- moves. Locks: tickets.
+create or replace function notifyq.leave_waiting(jobs bigint[], states text[] default '{scheduled,ready}', unstarted boolean default false)
+returns setof notifyq.active
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -38,6 +40,8 @@ begin
     return query
     delete from notifyq.scheduled s
     where s.job = any (leave_waiting.jobs)
+    and 'scheduled' = any (leave_waiting.states)
+    and (s.attempt = 0 or not leave_waiting.unstarted)
     returning s.job, s.job, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, s.queue, s.attempt, null::jsonb;
 
     return query
@@ -48,12 +52,16 @@ begin
     and r.priority = j.priority
     and r.number = j.id
     and r.job = j.id
+    and 'ready' = any (leave_waiting.states)
+    and (r.attempt = 0 or not leave_waiting.unstarted)
     returning r.job, r.number, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, r.queue, r.attempt, null::jsonb;
 
     return query
     delete from notifyq.ready r
     where r.job = any (leave_waiting.jobs)
     and r.number <> r.job
+    and 'ready' = any (leave_waiting.states)
+    and (r.attempt = 0 or not leave_waiting.unstarted)
     returning r.job, r.number, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, r.queue, r.attempt, null::jsonb;
 end
 $$;

@@ -125,7 +125,7 @@ begin
     -- A ticket can move while we look; what is waiting, active or being moved is found again.
     for round in 1 .. 3 loop
         if delete_in.states && '{scheduled,ready}' then
-            affected := affected || array(select w.job from notifyq.leave_waiting(left_over) w);
+            affected := affected || array(select w.job from notifyq.leave_waiting(left_over, delete_in.states) w);
         end if;
         if 'active' = any (delete_in.states) then
             with ticket as (

@@ -25,7 +25,7 @@ begin
             or exists (select from notifyq.scheduled s where s.job = j.id and s.attempt = 0)
         )
         limit expire.how_many
-    )) w;
+    ), unstarted => true) w;
     if ended is null then
         return 0;
     end if;

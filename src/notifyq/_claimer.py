@@ -14,7 +14,7 @@ import trio
 from ._backoff import reconnect_delay
 from ._bell import Bell
 from ._connection import ANSWER_TIMEOUT
-from ._demand import Floor, Rate, demand
+from ._demand import Floor, Rate, demand, within
 from ._errors import ConnectionLost, NoLease, NotifyqError
 from .events import JobClaimed, ServerTrouble
 
@@ -106,7 +106,7 @@ class Claimer:
         try:
             if kind == "r":
                 priority, _, number = rest.partition(":")
-                self._floor.lower(int(priority), int(number))
+                self._floor.lower(within(priority, 2**15), within(number, 2**63))
             elif kind == "d" and self._clock_offset is not None:
                 due_at = float(rest) + self._clock_offset
                 if not due_at < self._due_at:

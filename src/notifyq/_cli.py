@@ -16,8 +16,8 @@ import attrs
 import click
 import trio
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from . import _schema
 from ._client import Client
@@ -62,7 +62,11 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--dsn", help="The database, as a URI or key=value pairs.  [default: the environment's DATABASE_URL]")
+@click.option(
+    "--dsn",
+    envvar="NOTIFYQ_DSN",  # how a supervisor tells its workers
+    help="The database, as a URI or key=value pairs.  [default: the environment's DATABASE_URL]",
+)
 @click.option("--schema", help="The schema of the installation.  [default: notifyq]")
 @click.version_option(_schema.VERSION)
 @click.pass_context
@@ -95,9 +99,9 @@ def run(target: Target, app: str, processes: int, verbose: bool, supervised: boo
         from ._supervisor import supervise
 
         options = ["-v"] if verbose else []
-        # In the environment, since others can read a command line; a Runtime that names a database names the same there.
+        # In the environment, since others can read a command line.
         arguments = ["--schema", runtime.schema, "run", app, "--supervised", *options]
-        environment = {**os.environ, "DATABASE_URL": runtime.dsn}
+        environment = {**os.environ, "NOTIFYQ_DSN": runtime.dsn}
         sys.exit(trio.run(supervise, arguments, processes, environment))
 
 
@@ -317,7 +321,7 @@ def show(rows: Iterable[Mapping[str, Any]], as_json: bool, title: str, *, single
         for column in rows[0]:
             table.add_column(column)
         for row in rows:
-            table.add_row(*(escape(_cell(value)) for value in row.values()))
+            table.add_row(*(Text(_cell(value)) for value in row.values()))
         Console().print(table)
 
 

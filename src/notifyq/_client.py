@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args, overload
 
@@ -11,10 +12,10 @@ from ._errors import ClientClosed, InvalidData, InvalidOption, JobFailed, LeaseL
 from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent, State
 from ._queue import Queue, job_of
 from ._results import Results, has_finished
-from ._sql import seconds, whole
+from ._sql import flag, seconds, text, whole
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from datetime import timedelta
 
     from ._connection import TrioConnection
@@ -82,7 +83,7 @@ class Client:
 
         Raises ``InvalidOption`` and ``UnknownQueue`` (its dead-letter queue does not exist).
         """
-        async with self.connection() as connection:
+        async with self.transaction() as connection:
             for needed in _queue(queue).with_dead_letters():
                 done = await self._store.create_queue(connection, needed.name, to_json(needed.options))
         return done
@@ -140,6 +141,8 @@ class Client:
     ) -> list[Sent[Out]]:
         """Send many jobs with one statement, all or none. Returns them in order; raises as ``send``."""
         _queue(queue)
+        if isinstance(jobs, str) or not isinstance(jobs, Iterable):
+            raise InvalidOption(f"jobs must be a sequence of data or NewJobs, not {jobs!a:.100}")
         entries = [
             (queue.encode(job.data), job.options) if isinstance(job, NewJob) else (queue.encode(job), {})
             for job in jobs
@@ -160,7 +163,7 @@ class Client:
     ) -> list[JobRecord]:
         """The newest jobs, of a queue or in a state. Raises ``InvalidOption`` for what is not a state."""
         if state is not None and state not in get_args(State):
-            raise InvalidOption(f"{state!r:.100} is not a state: use one of {', '.join(get_args(State))}")
+            raise InvalidOption(f"{state!a:.100} is not a state: use one of {', '.join(get_args(State))}")
         whole(limit, "limit", 0, 2**31 - 1)
         async with self.connection() as connection:
             return await self._store.jobs(connection, None if queue is None else _name(queue), state, limit)
@@ -226,8 +229,9 @@ class Client:
 
     async def complete(self, job: Job[Any], output: Any = None) -> bool:
         """Complete a job fetched by hand; False, and nothing changes, if it was not ours any longer."""
+        outputs = f"[{to_json(output)}]"
         async with self.connection() as connection:
-            return bool(await self._store.complete(connection, [job.id], f"[{to_json(output)}]", [job.attempt], None))
+            return bool(await self._store.complete(connection, [_fetched(job).id], outputs, [job.attempt], None))
 
     async def fail(
         self, job: Job[Any], error: Exception | str, *, final: bool = False, retry_in: float | timedelta | None = None
@@ -236,14 +240,17 @@ class Client:
 
         False, and nothing changes, if it was not ours any longer.
         """
+        _fetched(job)
         type_ = type(error).__name__ if isinstance(error, Exception) else "Error"
         errors = to_json([{"type": type_, "message": str(error)}])
         delay = None if retry_in is None else seconds(retry_in, "retry_in")
+        flag(final, "final")
         async with self.connection() as connection:
             return bool(await self._store.fail(connection, [job.id], errors, [job.attempt], None, [final], [delay]))
 
     async def touch(self, job: Job[Any], extend: float | timedelta, /) -> None:
         """Give a job fetched by hand so many seconds from now. Raises ``LeaseLost`` and ``InvalidOption``."""
+        _fetched(job)
         more = seconds(extend, "touch")
         async with self.connection() as connection:
             if not await self._store.touch(connection, job.id, more, job.attempt, None):
@@ -273,6 +280,8 @@ class Client:
 
     async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
         """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""
+        if state is not None and (not isinstance(state, str) or state not in (*get_args(State), "waiting", "finished")):
+            raise InvalidOption(f"{state!a:.100} is not a state: use waiting, finished, {', '.join(get_args(State))}")
         async with self.connection() as connection:
             return await self._store.delete_all(connection, _name(queue), state)
 
@@ -291,6 +300,9 @@ class Client:
         """
         if how_many is not None:
             whole(how_many, "how_many", 1, 2**31 - 1)
+        if error_type is not None:
+            text(error_type, "error_type")
+        flag(preview, "preview")
         async with self.connection() as connection:
             return await self._store.redrive(
                 connection, _name(dead_letter), None if source is None else _name(source), error_type, how_many, preview
@@ -299,12 +311,18 @@ class Client:
 
 def _queue(queue: Queue[In, Out]) -> Queue[In, Out]:
     if not isinstance(queue, Queue):
-        raise InvalidOption(f"give the queue's declaration, not {queue!r:.100}: notifyq.Queue(name)")
+        raise InvalidOption(f"give the queue's declaration, not {queue!a:.100}: notifyq.Queue(name)")
     return queue
 
 
 def _name(queue: ANY | str) -> str:
-    return queue if isinstance(queue, str) else _queue(queue).name
+    return text(queue, "queue") if isinstance(queue, str) else _queue(queue).name
+
+
+def _fetched(job: Job[Any]) -> Job[Any]:
+    if not isinstance(job, Job):
+        raise InvalidOption(f"give the job that fetch() returned, not {job!a:.100}")
+    return job
 
 
 def _id(job: Sent[Any] | int) -> int:

@@ -133,6 +133,13 @@ def _unstructure(type_: Any) -> Any:
 
 def check_type(type_: Any) -> None:
     """Raise ``InvalidData`` if cattrs cannot read and write a type, when it is declared rather than when it is used."""
+    if (
+        not isinstance(type_, type)
+        and get_origin(type_) is None
+        and not hasattr(type_, "__supertype__")
+        and type_ is not Any
+    ):
+        raise InvalidData(f"{type_!a:.100} is not a type")
     if type_ in _PLAIN:
         return
     try:

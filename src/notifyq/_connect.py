@@ -21,6 +21,7 @@ from .events import Events
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from datetime import timedelta
 
 __all__ = ["connect", "prepare", "resolve_dsn"]
 
@@ -31,15 +32,21 @@ PATIENCE_PAUSE = 0.5
 def resolve_dsn(dsn: str | None) -> str:
     """The DSN given, or ``DATABASE_URL``. Raises ``InvalidOption``, which never quotes it, if there is none or it is bad."""
     found = dsn if dsn is not None else os.environ.get("DATABASE_URL")
+    if found is not None and not isinstance(found, str):
+        raise InvalidOption(f"dsn must be text, not a {type(found).__name__}")
     if not found:
         raise InvalidOption("no database: give dsn=..., or set DATABASE_URL=postgresql://user@host:5432/database")
     try:
-        psycopg.conninfo.conninfo_to_dict(found)
-    except psycopg.ProgrammingError:
-        # libpq's own words quote parts of it, passwords too.
+        parts = psycopg.conninfo.conninfo_to_dict(found)
+        # An unescaped @ in a password puts the rest of it into the host, which errors then quote.
+        fits = "@" not in str(parts.get("host", ""))
+    except (psycopg.ProgrammingError, UnicodeEncodeError):
+        fits = False  # libpq's own words quote parts of it, passwords too
+    if not fits:
         raise InvalidOption(
-            "the DSN is not one: use postgresql://user:password@host:5432/database, or key=value pairs"
-        ) from None
+            "the DSN is not one: use postgresql://user:password@host:5432/database (with %40 for an @ in a password),"
+            " or key=value pairs"
+        )
     return found
 
 
@@ -85,7 +92,7 @@ async def connect(
     schema: str = "notifyq",
     migrate: bool = True,
     pool_size: int = 10,
-    connect_timeout: float = 10.0,
+    connect_timeout: float | timedelta = 10.0,
 ) -> AsyncIterator[Client]:
     """Open a client for the block.
 
@@ -105,13 +112,14 @@ async def connect(
     dsn = resolve_dsn(dsn)
     check_schema_name(schema)
     whole(pool_size, "pool_size", 1, 1000)
-    if not 0 < seconds(connect_timeout, "connect_timeout") <= 86_400:
+    patience = seconds(connect_timeout, "connect_timeout")
+    if not 0 < patience <= 86_400:
         raise InvalidOption(f"connect_timeout must be above zero and at most 86400 seconds, not {connect_timeout!r}")
-    await prepare(dsn, schema, migrate=migrate, patience=connect_timeout)
+    await prepare(dsn, schema, migrate=migrate, patience=patience)
     store = Store(schema)
     raised: Exception | None = None
     async with (
-        Pool(dsn, size=pool_size, connect_timeout=connect_timeout) as pool,
+        Pool(dsn, size=pool_size, connect_timeout=patience) as pool,
         trio.open_nursery() as nursery,
     ):
         listener = Listener(dsn, store, Events())

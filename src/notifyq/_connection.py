@@ -42,14 +42,14 @@ __all__ = [
     "answered_within",
 ]
 
-ANSWER_TIMEOUT = 30.0
+ANSWER_TIMEOUT = 10.0
 """Seconds a runtime's own statement may take: they are small, so longer means that the answer will not come."""
 
 READ_ONLY = "25006"
 
 _decode_json = json.JSONDecoder().decode
 
-CANCEL_GRACE = 5.0
+CANCEL_GRACE = 2.0
 """Seconds the server gets to end a cancelled query before its connection is closed."""
 
 

@@ -10,7 +10,7 @@ import attrs
 if TYPE_CHECKING:
     from ._models import Claimed
 
-__all__ = ["Floor", "Rate", "demand"]
+__all__ = ["Floor", "Rate", "demand", "within"]
 
 PREFETCH_SECONDS = 0.1
 """Observed work claimed beyond what can start at once: enough to hide a round trip, too little to starve a peer."""
@@ -24,6 +24,14 @@ TRAIL_SECONDS = 1.0
 MEASURE_SECONDS = 0.02
 MEASURE_COUNT = 10
 """A sample of the rate is either so many seconds of work or so many jobs."""
+
+
+def within(text: str, limit: int) -> int:
+    """The number in a notification, which anybody may send. Raises ``ValueError`` if it is none that a ticket can have."""
+    number = int(text)
+    if not -limit <= number < limit:
+        raise ValueError(f"{number} is out of range")
+    return number
 
 
 def demand(capacity: int, running: int, buffered: int, per_second: float) -> int:

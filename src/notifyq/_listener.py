@@ -100,15 +100,13 @@ class Listener:
                 if queue not in self._interests_held:
                     with contextlib.suppress(ConnectionLost):
                         await self.call(lambda connection: self._hold_interest(connection, queue))
-                        self._interests_held.add(queue)
             yield
         finally:
             self._interests[queue] -= 1
             if not self._interests[queue]:
                 del self._interests[queue]
-                self._interests_held.discard(queue)
                 with trio.CancelScope(shield=True), contextlib.suppress(ConnectionLost):
-                    await self.call(lambda connection: self._store.drop_interest(connection, queue))
+                    await self.call(lambda connection: self._drop_interest(connection, queue))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Connect, listen, and reconnect for ever. Started when it listens, or when the first try has failed."""
@@ -165,17 +163,22 @@ class Listener:
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
         await self._store.keepalive(connection)
-        held: set[int] = set()
-        while missing := self._interests.keys() - held:  # waiters may come while we are at it
+        while missing := self._interests.keys() - self._interests_held:  # waiters may come while we are at it
             for queue in missing:
                 await self._hold_interest(connection, queue)
-            held |= missing
-        self._interests_held = held
 
     async def _hold_interest(self, connection: TrioConnection, queue: int) -> None:
-        """Take the lock; a settle that is looking whether anybody holds it has it for a moment."""
+        """Take the lock, once; a settle that is looking whether anybody holds it has it for a moment."""
+        if queue in self._interests_held:  # by the call of a waiter that has gone meanwhile
+            return
         while not await self._store.hold_interest(connection, queue):  # noqa: ASYNC110 - in another process
             await trio.sleep(0.001)
+        self._interests_held.add(queue)
+
+    async def _drop_interest(self, connection: TrioConnection, queue: int) -> None:
+        if queue in self._interests_held and queue not in self._interests:
+            self._interests_held.discard(queue)
+            await self._store.drop_interest(connection, queue)
 
     def _heard(self, notification: psycopg.Notify) -> None:
         if notification.payload.startswith("proof:"):

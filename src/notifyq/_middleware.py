@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ Middleware = Any
 returns an async context manager. Around a batch it gets the list of jobs."""
 
 
-def check_middleware(layers: Sequence[Middleware], of: str) -> tuple[Middleware, ...]:
+def check_middleware(layers: Iterable[Middleware], of: str) -> tuple[Middleware, ...]:
     """Refuse what can't be called as middleware. Raises ``InvalidOption``."""
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise InvalidOption(f"middleware of {of} must be a sequence of functions, not {layers!a:.100}")
+    layers = tuple(layers)
     for layer in layers:
         arguments = (object(), object()) if inspect.iscoroutinefunction(layer) else (object(),)
         try:
@@ -29,7 +33,7 @@ def check_middleware(layers: Sequence[Middleware], of: str) -> tuple[Middleware,
                 f"middleware of {of}: {layer!r} must be an async def that takes (job, call_next),"
                 " or a function of the job that returns an async context manager"
             ) from None
-    return tuple(layers)
+    return layers
 
 
 def wrap(innermost: Callable[[Any], Awaitable[Any]], layers: Sequence[Middleware]) -> Callable[[Any], Awaitable[Any]]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, Ty
 
 import attrs
 
+from ._errors import InvalidOption
+
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from uuid import UUID
@@ -73,6 +75,10 @@ class NewJob(Generic[In]):
     data: In
     options: SendOptions = attrs.field(factory=lambda: SendOptions())
 
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.options, dict):
+            raise InvalidOption(f"the options of a NewJob must be a dict, not {self.options!a:.100}")
+
 
 @attrs.frozen
 class Sent(Generic[OutCo]):
@@ -91,7 +97,7 @@ class JobHandle(Protocol):
 
     async def progress(self, job: Job[Any], progress: Any) -> None: ...
 
-    async def touch(self, job: Job[Any], seconds: float) -> None: ...
+    async def touch(self, job: Job[Any], extend: float | timedelta) -> None: ...
 
 
 @attrs.define(eq=False)
@@ -125,9 +131,9 @@ class Job(Generic[In]):
         """Store a JSON value that ``notifyq.jobs`` shows while the job runs. Raises ``LeaseLost`` if it is not ours now."""
         await self._running().progress(self, progress)
 
-    async def touch(self, seconds: float) -> None:
+    async def touch(self, extend: float | timedelta, /) -> None:
         """Give this attempt so many seconds from now. Raises ``LeaseLost`` if it is no longer ours."""
-        await self._running().touch(self, seconds)
+        await self._running().touch(self, extend)
 
     def _running(self) -> JobHandle:
         if self._handle is None:

@@ -16,12 +16,20 @@ from ._codec import check_type, encode, from_json
 from ._errors import InvalidData, InvalidOption
 from ._middleware import Middleware, check_middleware
 from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
-from ._sql import check_options, check_schema_name, seconds, send_parameters, send_statement, whole
+from ._sql import (
+    check_option,
+    check_options,
+    check_schema_name,
+    seconds,
+    send_parameters,
+    send_statement,
+    whole,
+)
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-__all__ = ["BatchResult", "Queue", "Worker", "job_of"]
+__all__ = ["BatchResult", "Queue", "Worker", "check_name", "job_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,7 +50,6 @@ _OPTIONS = (
     "max_data_bytes",
     "bell",
 )
-_DURATIONS = {"retry_delay", "retry_delay_max", "timeout", "retention", "expire_in"}
 _WORKER_OPTIONS = ("concurrency", "poll_interval", "middleware")
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 
@@ -62,6 +69,13 @@ class Worker:
     """Seconds between looks for jobs that no notification told of; None: with every beat."""
     middleware: tuple[Any, ...] = ()
     """Around every call, inside the runtime's own."""
+
+
+def check_name(name: Any, of: str) -> str:
+    """The name of a queue. Raises ``InvalidOption`` with the rule if it can't be one."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidOption(f"{of} {name!a:.120}: use 1 to 100 letters, digits and _ . - /")
+    return name
 
 
 class Queue(Generic[In, Out]):
@@ -94,8 +108,7 @@ class Queue(Generic[In, Out]):
             InvalidOption: a bad name, or an option that does not exist.
             InvalidData: a type that cannot be turned into JSON and back.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidOption(f"queue name {name!r}: use 1 to 100 letters, digits and _ . - /")
+        check_name(name, "queue name")
         check_options(options, _OPTIONS, f"queue {name!r}")
         for type_ in (data, output):
             try:
@@ -105,7 +118,10 @@ class Queue(Generic[In, Out]):
         self.name = name
         self.data_type = data
         self.output_type = output
-        self.options = _plain(options)
+        try:
+            self.options = _plain(options)
+        except InvalidOption as error:
+            raise InvalidOption(f"queue {name!r}: {error}") from None
         dead_letter = options.get("dead_letter")
         self.dead_letter: Queue[Any, Any] | None = dead_letter if isinstance(dead_letter, Queue) else None
         self.worker_function: Worker | None = None
@@ -251,20 +267,27 @@ def _describe(function: Callable[..., Any]) -> str:
 def _check_takes_one_argument(function: Callable[..., Any], where: str) -> None:
     try:
         inspect.signature(function).bind(object())
-    except TypeError:
-        raise InvalidOption(
-            f"{where}: {_describe(function)} must take one argument, the job, not {inspect.signature(function)}"
-        ) from None
+    except (TypeError, ValueError):  # the latter for what is written in C and says nothing of its arguments
+        raise InvalidOption(f"{where}: {_describe(function)} must be a function of one argument, the job") from None
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Queue options as the JSON document that create_queue() takes: seconds, names."""
-    plain: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Queue):
-            plain[name] = value.name
-        elif name in _DURATIONS and value is not None:
-            plain[name] = seconds(value, name)
-        else:
-            plain[name] = value
-    return plain
+    return {name: _plain_option(name, value) for name, value in options.items()}
+
+
+def _plain_option(name: str, value: Any) -> Any:
+    match name:
+        case "dead_letter":
+            if value is None or isinstance(value, Queue):
+                return None if value is None else value.name
+            return check_name(value, "dead_letter")
+        case "retention" | "expire_in" if value is None:
+            return None
+        case "max_data_bytes":
+            return whole(value, name, 1, 2**31 - 1)
+        case "bell":
+            if not isinstance(value, str) or value not in ("always", "never"):
+                raise InvalidOption(f"bell must be 'always' or 'never', not {value!a:.100}")
+            return value
+    return check_option(name, value)

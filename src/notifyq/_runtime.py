@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -16,17 +17,18 @@ from ._errors import InvalidOption
 from ._listener import Listener
 from ._middleware import check_middleware
 from ._pool import Pool
+from ._queue import Queue
 from ._session import Session, Settings
 from ._sql import LONGEST, check_schema_name, seconds, whole
 from ._store import Store
 from .events import Events
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
+    from datetime import timedelta
 
     from ._client import Client
     from ._middleware import Middleware
-    from ._queue import Queue
     from .events import Event
 
 __all__ = ["Runtime", "run"]
@@ -48,10 +50,10 @@ class Runtime:
         schema: str = "notifyq",
         migrate: bool = True,
         middleware: Sequence[Middleware] = (),
-        lease: float = 12.0,
-        grace: float = 30.0,
+        lease: float | timedelta = 12.0,
+        grace: float | timedelta = 30.0,
         pool_size: int = 10,
-        connect_timeout: float = 10.0,
+        connect_timeout: float | timedelta = 10.0,
     ) -> None:
         """Declare what to run; nothing starts yet.
 
@@ -71,7 +73,12 @@ class Runtime:
         Raises:
             InvalidOption: no queue, a queue without worker or twice, or a value out of range.
         """
+        if isinstance(queues, str | Queue) or not isinstance(queues, Iterable):
+            raise InvalidOption(f"queues must be a sequence of queues, not {queues!a:.100}")
         self.queues = list(queues)
+        for queue in self.queues:
+            if not isinstance(queue, Queue):
+                raise InvalidOption(f"give the declarations of queues, not {queue!a:.100}: notifyq.Queue(name)")
         names = [queue.name for queue in self.queues]
         if not names:
             raise InvalidOption("a runtime needs at least one queue")
@@ -80,12 +87,14 @@ class Runtime:
                 raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
             if names.count(queue.name) > 1:
                 raise InvalidOption(f"queue {queue.name!r} is given twice")
+        given: dict[str, float] = {}
         for option, value, least, most in (
             ("lease", lease, 1.0, 3600.0),
             ("grace", grace, 0.0, LONGEST),
             ("connect_timeout", connect_timeout, 0.1, 86_400.0),
         ):
-            if not least <= seconds(value, option) <= most:
+            given[option] = seconds(value, option)
+            if not least <= given[option] <= most:
                 raise InvalidOption(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")
         self.id: UUID = uuid4()
         self.events = Events()
@@ -93,10 +102,10 @@ class Runtime:
         self.schema = check_schema_name(schema)
         self._migrate = migrate
         self.middleware = check_middleware(middleware, "the runtime")
-        self.lease = lease
-        self.grace = grace
+        self.lease = given["lease"]
+        self.grace = given["grace"]
         self._pool_size = whole(pool_size, "pool_size", 1, 1000)
-        self._connect_timeout = connect_timeout
+        self._connect_timeout = given["connect_timeout"]
         self._stopping: trio.Event | None = None
         self._reaching = trio.CancelScope()
         self._logged = False

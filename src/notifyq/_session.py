@@ -22,12 +22,14 @@ from ._maintenance import Maintenance
 from ._models import Released
 from ._schema import VERSION
 from ._settler import Settler
+from ._sql import seconds
 from ._watchdog import Watchdog
 from ._worker import QueueWorker
 from .events import RuntimeStarted, RuntimeStopped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import timedelta
     from uuid import UUID
 
     from ._listener import Listener
@@ -231,8 +233,8 @@ class Session:
             worker.executor.give_up_stuck()
             if worker.info.number in beat.ready:
                 worker.claimer.poll()
-            if (seconds := beat.due_in.get(str(worker.info.number))) is not None:
-                worker.claimer.due_in(seconds)
+            if (due_in := beat.due_in.get(str(worker.info.number))) is not None:
+                worker.claimer.due_in(due_in)
         if self._strays or any(worker.claim_failed for worker in self._workers):
             self._doubt.ring()
 
@@ -293,14 +295,15 @@ class Session:
             if not await self._store.progress(connection, job.id, to_json(progress), job.attempt, self._id):
                 raise LeaseLost(job.id, job.attempt)
 
-    async def touch(self, job: Job[Any], seconds: float) -> None:
+    async def touch(self, job: Job[Any], extend: float | timedelta) -> None:
+        more = seconds(extend, "touch")
         for worker in self._workers:
             # A batch is one call with one deadline: all its jobs get the time.
             together = worker.executor.together(job.id)
             if together:
                 async with self.client.connection() as connection:
                     for each in together:
-                        touched = await self._store.touch(connection, each.id, seconds, each.attempt, self._id)
+                        touched = await self._store.touch(connection, each.id, more, each.attempt, self._id)
                         if not touched and each is job:
                             raise LeaseLost(job.id, job.attempt)
-                worker.executor.extend(job.id, seconds)
+                worker.executor.extend(job.id, more)

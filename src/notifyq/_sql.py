@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_ours",
+    "check_option",
     "check_options",
     "check_schema_name",
+    "flag",
     "is_connection_loss",
     "many_entry",
     "raise_as_ours",
@@ -38,6 +40,7 @@ __all__ = [
     "send_call",
     "send_parameters",
     "send_statement",
+    "text",
     "translated",
     "whole",
 ]
@@ -81,6 +84,9 @@ _ELSEWHERE = {
 """Options of other systems, and what does their job here."""
 
 
+ID_KEY_MAX = 1000
+"""Bytes; what ``sql/functions/10_send.sql`` takes, well within what an index entry may have."""
+
 LONGEST = 100 * 365.0 * 86_400
 """Seconds: the longest duration that ``sql/functions/10_send.sql`` takes."""
 
@@ -98,7 +104,7 @@ def check_options(given: Iterable[str], allowed: Iterable[str], of: str) -> None
 
 def check_schema_name(schema: str) -> str:
     """Return the name if it is a plain lower-case identifier, which needs no quotes anywhere. Raises ``InvalidOption``."""
-    if not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", schema) or schema.startswith("pg_"):
+    if not isinstance(schema, str) or not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", schema) or schema.startswith("pg_"):
         raise InvalidOption(
             f"schema {schema!r}: use 1 to 41 lower-case letters, digits and underscores, not beginning with a digit or pg_"
         )
@@ -113,10 +119,60 @@ def seconds(value: float | timedelta, option: str) -> float:
     return float(number)
 
 
+def text(value: Any, option: str, *, at_most: int | None = None) -> str:
+    """Text that PostgreSQL takes, ``at_most`` so many bytes. Raises ``InvalidOption``."""
+    try:
+        if isinstance(value, str) and "\x00" not in value and (at_most is None or len(value.encode()) <= at_most):
+            value.encode()
+            return value
+    except UnicodeEncodeError:
+        pass
+    limit = "" if at_most is None else f" of at most {at_most} bytes"
+    raise InvalidOption(f"{option} must be text{limit} without NUL and lone surrogates, not {value!a:.100}")
+
+
+def flag(value: Any, option: str) -> bool:
+    """A boolean. Raises ``InvalidOption``."""
+    if not isinstance(value, bool):
+        raise InvalidOption(f"{option} must be True or False, not {value!a:.100}")
+    return value
+
+
 def whole(value: Any, option: str, least: int, most: int) -> int:
     """An int within bounds. Raises ``InvalidOption``."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise InvalidOption(f"{option} must be an int from {least} to {most}, not {value!r:.100}")
+    return value
+
+
+def check_option(name: str, value: Any) -> Any:
+    """The plain value of an option that jobs and queues have in common. Raises ``InvalidOption``."""
+    match name:
+        case "priority":
+            return whole(value, name, -32768, 32767)
+        case "retry_limit":
+            return whole(value, name, 0, 1000)
+        case "retry_backoff":
+            return flag(value, name)
+        case "id_key":
+            return text(value, name, at_most=ID_KEY_MAX)
+        case "delay":
+            return seconds(value, name)
+    duration = seconds(value, name)
+    if duration < 0 or (duration == 0 and name in ("timeout", "expire_in")):
+        raise InvalidOption(
+            f"{name} must be {'above zero' if duration == 0 else 'zero or more'} seconds, not {value!r}"
+        )
+    return duration
+
+
+def _headers(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise InvalidOption(f"headers must be a dict, not {value!a:.100}")
+    try:
+        to_json(value)
+    except InvalidData as error:
+        raise InvalidData(f"headers: {error}") from error
     return value
 
 
@@ -131,22 +187,10 @@ def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
             if value.tzinfo is None:
                 raise InvalidOption(f"delay: {value!r} has no time zone; use an aware datetime, e.g. datetime.now(UTC)")
             plain["due_at"] = value.isoformat()
-        elif name in _DURATIONS or name == "delay":
-            plain[name] = seconds(value, name)
-        elif name in ("priority", "retry_limit"):
-            plain[name] = whole(value, name, -32768, 32767)
-        elif name == "retry_backoff":
-            if not isinstance(value, bool):
-                raise InvalidOption(f"retry_backoff must be True or False, not {value!r}")
-            plain[name] = value
         elif name == "headers":
-            if not isinstance(value, dict):
-                raise InvalidOption(f"headers must be a dict, not {value!r:.100}")
-            plain[name] = value
+            plain[name] = _headers(value)
         else:
-            if not isinstance(value, str) or "\x00" in value:
-                raise InvalidOption(f"{name} must be text without NUL characters, not {value!r:.100}")
-            plain[name] = value
+            plain[name] = check_option(name, value)
     return plain
 
 

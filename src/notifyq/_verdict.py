@@ -32,7 +32,7 @@ def judge(job: Job[Any], result: Any, error: Exception | None, *, type_: Any, li
         output = encode(result, type_)
         if len(output) > limit or len(output.encode()) > limit:
             raise InvalidData(f"output is over the limit of {limit} bytes")
-    except InvalidData as invalid:
+    except Exception as invalid:  # what it raises when it is looked at is the worker's, too
         return Failed(job.id, job.attempt, "output_invalid", _short(invalid), final=True)
     return Completed(job.id, job.attempt, output, elapsed)
 
@@ -48,6 +48,13 @@ def judge_batch(
 
     if error is not None or result is None:
         return [one(job, error) for job in jobs]
+    try:
+        return _matched(jobs, result, one)
+    except Exception as raised:  # a mapping or sequence of the worker's own
+        return [one(job, raised) for job in jobs]
+
+
+def _matched(jobs: list[Job[Any]], result: Any, one: Callable[[Job[Any], Any], Outcome]) -> list[Outcome]:
     if isinstance(result, Mapping):
         return [
             one(job, result[job.id])

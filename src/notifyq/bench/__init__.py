@@ -2,7 +2,7 @@
 
 Producers and workers are separate processes. Only jobs whose completion is committed count.
 
-``--json FILE`` writes an object whose names stay: ``schema`` (1: this one), ``notifyq``, ``python``, ``psycopg``, ``machine``,
+``--json FILE`` writes an object whose names stay: ``schema`` (1), ``notifyq``, ``python``, ``psycopg``, ``machine``,
 ``server_version``, ``server_settings``, ``settings`` (the options), and ``workloads``, which has for each workload the
 medians of its runs, and the ``runs`` themselves:
 

