@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import deque
@@ -183,8 +184,15 @@ class Claimer:
             await self._claim_for_ever()
         finally:
             if self._begun is not None:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT):
-                    self._buffer.extend(await self._begun.finish())
+                await self._take_in(self._begun)
+
+    async def _take_in(self, begun: _Begun) -> None:
+        """Wait for a claim that was sent before the end, so that its jobs can be handed back with the others."""
+        with (
+            trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT),
+            contextlib.suppress(NotifyqError, psycopg.Error),  # a runtime that is stopping may be refused: no jobs
+        ):
+            self._buffer.extend(await begun.finish())
 
     async def _claim_for_ever(self) -> None:
         failures = 0

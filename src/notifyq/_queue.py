@@ -268,7 +268,7 @@ def _check_takes_one_argument(function: Callable[..., Any], where: str) -> None:
     try:
         inspect.signature(function).bind(object())
     except (TypeError, ValueError):  # the latter for what is written in C and says nothing of its arguments
-        raise InvalidOption(f"{where}: {_describe(function)} must be a function of one argument, the job") from None
+        raise InvalidOption(f"{where}: {_describe(function)} must take one argument, the job") from None
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

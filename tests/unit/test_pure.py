@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import random
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import attrs
+import psycopg
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +20,14 @@ from notifyq import InvalidData, InvalidOption, Queue, SchemaMismatch, _schema
 from notifyq._backoff import BASE, CAP, reconnect_delay
 from notifyq._batcher import Batcher
 from notifyq._bell import Bell
+from notifyq._claimer import Claimer
 from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, demand
+from notifyq._errors import NoLease
 from notifyq._models import Claimed
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
+from notifyq.events import Events
 
 HANDS = st.integers(0, 5000)
 
@@ -284,3 +290,39 @@ def test_the_plan_runs_what_is_missing_and_refuses_what_is_newer():
 
 def test_a_schema_of_another_name_has_no_trace_of_the_first():
     assert all("notifyq" not in file.text for file in _schema.load("other"))
+
+
+@pytest.mark.parametrize("refusal", [NoLease("stopping"), psycopg.OperationalError("gone")])
+async def test_a_claim_that_was_sent_just_before_the_end_may_be_refused(refusal):
+    sent = []
+
+    async def refused() -> list[Any]:
+        raise refusal
+
+    async def claim(_how_many: int, _floors: Any) -> list[Any]:
+        return []
+
+    async def next_due() -> tuple[None, float]:
+        return None, 0.0
+
+    def claim_nowait(how_many: int) -> Any:
+        sent.append(how_many)
+        return refused
+
+    claimer = Claimer(
+        "q",
+        capacity=3,
+        poll_interval=None,
+        claim=claim,
+        claim_nowait=claim_nowait,
+        next_due=next_due,
+        release=sent.append,
+        events=Events(),
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(claimer.run)
+        await trio.testing.wait_all_tasks_blocked()
+        claimer.heard("r:0:1")
+        nursery.cancel_scope.cancel()
+    assert sent == [3]
+    assert claimer.take_back() == []
