@@ -6,7 +6,8 @@ language sql immutable
 set search_path = pg_catalog, pg_temp
 as $$
     select case jsonb_typeof(duration.value)
-        when 'number' then make_interval(secs => (duration.value #>> '{}')::float8)
+        -- over any bound that its users have, yet within what every server version can hold
+        when 'number' then make_interval(secs => greatest(-1e10, least(1e10, (duration.value #>> '{}')::float8)))
         else (duration.value #>> '{}')::interval
     end
 $$;

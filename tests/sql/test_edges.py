@@ -225,7 +225,9 @@ async def test_an_option_out_of_its_range_is_refused_at_the_send(ask, queue, way
     arguments = f"{name} => '{value}'" if way == "send" else f"'{json.dumps([{}, options])}'"
     with pytest.raises(psycopg.DatabaseError) as caught:
         await ask(f"select notifyq.{way}('q', {arguments})")
-    assert caught.value.sqlstate == "NQ003", caught.value
+    # Before PostgreSQL 17 there are no infinite intervals: the server itself refuses the text.
+    expected = {"NQ003", "22007"} if way == "send" and "infinity" in str(value) and name != "due_at" else {"NQ003"}
+    assert caught.value.sqlstate in expected, caught.value
     assert await remembered(ask) == {}
 
 
