@@ -243,7 +243,7 @@ class Client:
         _fetched(job)
         type_ = type(error).__name__ if isinstance(error, Exception) else "Error"
         errors = to_json([{"type": type_, "message": str(error)}])
-        delay = None if retry_in is None else seconds(retry_in, "retry_in")
+        delay = None if retry_in is None else seconds(retry_in, "retry_in", least=0.0)
         flag(final, "final")
         async with self.connection() as connection:
             return bool(await self._store.fail(connection, [job.id], errors, [job.attempt], None, [final], [delay]))
@@ -251,7 +251,7 @@ class Client:
     async def touch(self, job: Job[Any], extend: float | timedelta, /) -> None:
         """Give a job fetched by hand so many seconds from now. Raises ``LeaseLost`` and ``InvalidOption``."""
         _fetched(job)
-        more = seconds(extend, "touch")
+        more = seconds(extend, "touch", least=0.0)
         async with self.connection() as connection:
             if not await self._store.touch(connection, job.id, more, job.attempt, None):
                 raise LeaseLost(job.id, job.attempt)

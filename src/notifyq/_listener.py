@@ -127,7 +127,8 @@ class Listener:
                     await self._serve(connection)
             except (psycopg.Error, NotifyqError, trio.TooSlowError) as error:
                 if self.up or failures == 0:
-                    self._events.emit(ListenerDown(str(error) or type(error).__name__))
+                    slow = isinstance(error, trio.TooSlowError)
+                    self._events.emit(ListenerDown(f"no answer within {CALL_TIMEOUT:g} s" if slow else str(error)))
             finally:
                 self.up = False
                 self._interests_held.clear()

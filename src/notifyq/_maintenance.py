@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Maintenance"]
 
-EVERY = (90.0, 120.0)
+EVERY = (300.0, 360.0)
 FIRST = (1.0, 5.0)
-"""Seconds between rounds, and until the first one, evenly spread, so that a fleet's rounds do not meet."""
+"""Seconds between rounds, and until the first one, evenly spread, so that a fleet's rounds do not meet. Nothing here is
+urgent (claims refuse what has expired, rescues come at their moment), and a round's five statements and the beats must stay
+under one in 5 s."""
 
 BATCH = 1000
 """What expire() and purge() do at a time: see ``sql/functions/80_maintain.sql``."""

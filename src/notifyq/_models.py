@@ -65,7 +65,7 @@ class SendOptions(TypedDict, total=False):
     headers: dict[str, Any]
     """Travels with the job and reaches the worker: trace context, tenant."""
     id_key: str
-    """Makes the send idempotent: a second job with this key is not made while the first is kept."""
+    """At most 1000 bytes; makes the send idempotent: a second job with this key is not made while the first is kept."""
 
 
 @attrs.frozen

@@ -73,39 +73,17 @@ class Runtime:
         Raises:
             InvalidOption: no queue, a queue without worker or twice, or a value out of range.
         """
-        if isinstance(queues, str | Queue) or not isinstance(queues, Iterable):
-            raise InvalidOption(f"queues must be a sequence of queues, not {queues!a:.100}")
-        self.queues = list(queues)
-        for queue in self.queues:
-            if not isinstance(queue, Queue):
-                raise InvalidOption(f"give the declarations of queues, not {queue!a:.100}: notifyq.Queue(name)")
-        names = [queue.name for queue in self.queues]
-        if not names:
-            raise InvalidOption("a runtime needs at least one queue")
-        for queue in self.queues:
-            if queue.worker_function is None:
-                raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
-            if names.count(queue.name) > 1:
-                raise InvalidOption(f"queue {queue.name!r} is given twice")
-        given: dict[str, float] = {}
-        for option, value, least, most in (
-            ("lease", lease, 1.0, 3600.0),
-            ("grace", grace, 0.0, LONGEST),
-            ("connect_timeout", connect_timeout, 0.1, 86_400.0),
-        ):
-            given[option] = seconds(value, option)
-            if not least <= given[option] <= most:
-                raise InvalidOption(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")
+        self.queues = _checked(queues)
         self.id: UUID = uuid4()
         self.events = Events()
         self.dsn = dsn
         self.schema = check_schema_name(schema)
         self._migrate = migrate
         self.middleware = check_middleware(middleware, "the runtime")
-        self.lease = given["lease"]
-        self.grace = given["grace"]
+        self.lease = _duration(lease, "lease", 1.0, 3600.0)
+        self.grace = _duration(grace, "grace", 0.0, LONGEST)
         self._pool_size = whole(pool_size, "pool_size", 1, 1000)
-        self._connect_timeout = given["connect_timeout"]
+        self._connect_timeout = _duration(connect_timeout, "connect_timeout", 0.1, 86_400.0)
         self._stopping: trio.Event | None = None
         self._reaching = trio.CancelScope()
         self._logged = False
@@ -162,6 +140,31 @@ class Runtime:
                 await session.run(self._stopping, task_status)
         finally:
             self._stopping = None
+
+
+def _checked(queues: Iterable[Queue[Any, Any]]) -> list[Queue[Any, Any]]:
+    if isinstance(queues, str | Queue) or not isinstance(queues, Iterable):
+        raise InvalidOption(f"queues must be a sequence of queues, not {queues!a:.100}")
+    names: set[str] = set()
+    queues = list(queues)
+    for queue in queues:
+        if not isinstance(queue, Queue):
+            raise InvalidOption(f"give the declarations of queues, not {queue!a:.100}: notifyq.Queue(name)")
+        if queue.worker_function is None:
+            raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
+        if queue.name in names:
+            raise InvalidOption(f"queue {queue.name!r} is given twice")
+        names.add(queue.name)
+    if not queues:
+        raise InvalidOption("a runtime needs at least one queue")
+    return queues
+
+
+def _duration(value: float | timedelta, option: str, least: float, most: float) -> float:
+    number = seconds(value, option)
+    if not least <= number <= most:
+        raise InvalidOption(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")
+    return number
 
 
 def run(runtime: Runtime) -> None:

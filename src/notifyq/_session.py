@@ -123,9 +123,8 @@ class Session:
                 self._listener.on_connected(worker.claimer.look_again)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
             self._listener.on_connected(self._look_what_is_held)
-            with contextlib.suppress(
-                NotifyqError
-            ):  # maintenance makes up for it; the default leaf takes the rows till then
+            # If this fails, maintenance makes up for it, and the default leaf takes the rows until then.
+            with contextlib.suppress(NotifyqError):
                 await self._store.make_leaves(connection)
         await self._register()
 
@@ -296,14 +295,16 @@ class Session:
                 raise LeaseLost(job.id, job.attempt)
 
     async def touch(self, job: Job[Any], extend: float | timedelta) -> None:
-        more = seconds(extend, "touch")
+        more = seconds(extend, "touch", least=0.0)
         for worker in self._workers:
             # A batch is one call with one deadline: all its jobs get the time.
             together = worker.executor.together(job.id)
-            if together:
+            if any(each is job for each in together):
                 async with self.client.connection() as connection:
                     for each in together:
                         touched = await self._store.touch(connection, each.id, more, each.attempt, self._id)
                         if not touched and each is job:
                             raise LeaseLost(job.id, job.attempt)
                 worker.executor.extend(job.id, more)
+                return
+        raise LeaseLost(job.id, job.attempt)

@@ -111,11 +111,13 @@ def check_schema_name(schema: str) -> str:
     return schema
 
 
-def seconds(value: float | timedelta, option: str) -> float:
-    """A duration in seconds. Raises ``InvalidOption`` if it is not a finite number of seconds or a timedelta."""
+def seconds(value: float | timedelta, option: str, *, least: float = -LONGEST) -> float:
+    """A duration in seconds. Raises ``InvalidOption`` unless it is a finite number or a timedelta, ``least`` or more."""
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LONGEST:
         raise InvalidOption(f"{option} must be a number of seconds or a timedelta, at most 100 years, not {value!r}")
+    if number < least:
+        raise InvalidOption(f"{option} must be {least:g} seconds or more, not {value!r}")
     return float(number)
 
 

@@ -233,15 +233,8 @@ class Store:
         how_many: int | None,
         preview: bool,
     ) -> list[tuple[int, str, int | None]]:
-        return await self._calls.rows(
-            connection,
-            "select id, queue, new_id from {s}.redrive($1, $2, $3, $4, $5)",
-            dead_letter,
-            source,
-            error_type,
-            how_many,
-            preview,
-        )
+        statement: LiteralString = "select id, queue, new_id from {s}.redrive($1, $2, $3, $4, $5)"
+        return await self._calls.rows(connection, statement, dead_letter, source, error_type, how_many, preview)
 
     # look
 

@@ -133,10 +133,12 @@ class QueueWorker:
 
     async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
         async with self._turn, self._pool.connection() as connection:
+            lease_number = self._before_claim()
             return await self._answer(
                 lambda: self._store.claim(
                     connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
-                )
+                ),
+                lease_number,
             )
 
     def _claim_nowait(self, how_many: int) -> Callable[[], Awaitable[list[Claimed]]] | None:
@@ -147,6 +149,7 @@ class QueueWorker:
         if loan is None:
             self._turn.release()
             return None
+        lease_number = self._before_claim()
         sent = self._store.claim_nowait(
             loan.connection, self.queue.name, how_many, self._runtime, durably=self._durably
         )
@@ -157,7 +160,7 @@ class QueueWorker:
 
         async def finish() -> list[Claimed]:
             try:
-                return await self._answer(sent)
+                return await self._answer(sent, lease_number)
             finally:
                 try:
                     await loan.end()
@@ -166,10 +169,13 @@ class QueueWorker:
 
         return finish
 
-    async def _answer(self, claim: Callable[[], Awaitable[list[Claimed]]]) -> list[Claimed]:
-        """What a claim brings, if it is still for us."""
-        lease_number = self._lease_number
+    def _before_claim(self) -> int:
+        """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""
         self._cancelled = ()
+        return self._lease_number
+
+    async def _answer(self, claim: Callable[[], Awaitable[list[Claimed]]], lease_number: int) -> list[Claimed]:
+        """What a claim brings, less what was lost or cancelled while it was under way."""
         try:
             jobs = await claim()
         except BaseException:
@@ -178,7 +184,7 @@ class QueueWorker:
         if lease_number != self._lease_number:
             self.claim_failed = True
             return []
-        if self._cancelled:  # asked for while the claim was under way
+        if self._cancelled:
             for job in jobs:
                 if job.id in self._cancelled:
                     self._discard(job)

@@ -463,8 +463,8 @@ async def test_a_bad_option_of_redrive_is_named_and_nothing_moves(nq, option):
 
 
 WRONG_SETTLES = {
-    "touch": (lambda nq, job, value: nq.touch(job, value), NOT_SECONDS),
-    "retry_in": (lambda nq, job, value: nq.fail(job, "x", retry_in=value), NOT_SECONDS),
+    "touch": (lambda nq, job, value: nq.touch(job, value), (*NOT_SECONDS, -1)),
+    "retry_in": (lambda nq, job, value: nq.fail(job, "x", retry_in=value), (*NOT_SECONDS, -1)),
     "final": (lambda nq, job, value: nq.fail(job, "x", final=value), (2.5, "no", None)),
     "data|text": (lambda nq, job, value: nq.complete(job, value), (NAN, object(), "\x00", "\ud800")),
 }
@@ -494,7 +494,7 @@ async def test_a_bad_touch_of_a_running_job_is_named_and_costs_it_nothing(start,
     @queue.worker
     async def take(job: Job[int]) -> int:
         before = job.deadline
-        await refused(job.touch, NOT_SECONDS, "touch")
+        await refused(job.touch, (*NOT_SECONDS, -1), "touch")
         assert job.deadline == before
         return job.data
 

@@ -21,7 +21,7 @@ from notifyq import Job, Queue, _schema, events
 from notifyq._listener import Listener
 from notifyq._opening import open_connection
 from notifyq._worker import QueueWorker
-from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed
+from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed, LeaseLost
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -771,3 +771,113 @@ async def test_an_attempt_that_fails_is_retried_at_once_without_polling(start, n
     await nq.send(queue, 0)
     await seen.wait(JobCompleted, seconds=1)
     assert len(seen.of(JobFailed)) == 5
+
+
+async def test_a_job_that_has_ended_cannot_be_touched(start, nq):
+    queue = Queue("q", int, int)
+    ended: list[Job[int]] = []
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        ended.append(job)
+        return job.data
+
+    seen = await start(queue)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted)
+    with pytest.raises(notifyq.LeaseLost):
+        await ended[0].touch(5)
+
+
+async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, monkeypatch):
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    begin = QueueWorker._claim_nowait
+    brought: list[int] = []
+
+    def lose_on_the_way(self: QueueWorker, how_many: int) -> Any:
+        begun = begin(self, how_many)
+        if begun is None or brought:
+            return begun
+        self.lose_all()
+
+        async def finish() -> Any:
+            jobs = await begun()
+            brought.append(len(jobs))
+            return jobs
+
+        return finish
+
+    monkeypatch.setattr(QueueWorker, "_claim_nowait", lose_on_the_way)
+    seen = await start(queue, lease=1.0)
+    with trio.fail_after(20):
+        while not brought:
+            # the beats find the attempt that was lost on its way, and release it: its number is not spent
+            assert await nq.result(await nq.send(queue, 1)) == 1
+    assert brought == [0]
+    assert seen.of(LeaseLost) == []
+
+
+async def test_a_cancelled_job_of_a_batch_that_then_raises_is_alone_not_retried(start, nq):
+    queue = Queue("q", int, int, retry_limit=5, retry_delay=0)
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.batch_worker(batch_size=2)
+    async def work(jobs: list[Job[int]]) -> None:
+        if jobs[0].attempt == 1:
+            running.set()
+            await gate.wait()
+            raise ValueError("all of them")
+
+    await nq.create_queue(queue)
+    cancelled, other = await nq.send_many(queue, [1, 2])
+    seen = await start(queue)
+    with trio.fail_after(10):
+        await running.wait()
+    assert await nq.cancel(cancelled) == [cancelled.id]
+    await idle()
+    gate.set()
+    await seen.wait(JobCompleted)
+    records = [await nq.get(job) for job in (cancelled, other)]
+    assert [(record.state, record.attempt) for record in records] == [("cancelled", 1), ("completed", 2)]
+
+
+async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, monkeypatch):
+    queue = Queue("q", int, int)
+    sends = True
+    rang = trio.Event()
+    heard, answer = Listener._heard, QueueWorker._answer
+
+    def listen(self: Listener, notification: psycopg.Notify) -> None:
+        heard(self, notification)
+        rang.set()
+
+    async def answer_and_hear(self: QueueWorker, *arguments: Any) -> Any:
+        nonlocal rang
+        jobs = await answer(self, *arguments)
+        if sends:
+            rang = trio.Event()
+            await nq.send(queue, 1)
+            await rang.wait()
+        return jobs
+
+    @queue.worker(concurrency=50)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    monkeypatch.setattr(Listener, "_heard", listen)
+    seen = await start(queue)
+    await idle()
+    monkeypatch.setattr(QueueWorker, "_answer", answer_and_hear)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, 50)
+    seen.runtime.stop()
+    try:
+        await seen.wait(events.RuntimeStopped, seconds=2)
+    finally:
+        sends = False
