@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, LiteralString
 
+import attrs
 import psycopg
 from psycopg import sql
 
 from ._sql import raise_as_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from ._connection import TrioConnection
 
-__all__ = ["Calls", "intervals", "literal"]
+__all__ = ["Bound", "Calls", "intervals", "literal"]
 
 
 class Calls:
@@ -31,21 +32,9 @@ class Calls:
         except psycopg.Error as error:
             raise_as_ours(error)
 
-    def send(
-        self, connection: TrioConnection, text: LiteralString, *arguments: Any
-    ) -> Callable[[], Awaitable[list[Any]]] | None:
-        """Send a statement without waiting for anything, if that can be done at once; what it gives brings the rows."""
-        reply = connection.send(self._statement(text), [literal(argument) for argument in arguments])
-        if reply is None:
-            return None
-
-        async def rows() -> list[Any]:
-            try:
-                return await reply.rows()
-            except psycopg.Error as error:
-                raise_as_ours(error)
-
-        return rows
+    def bind(self, text: LiteralString, *arguments: Any) -> Bound:
+        """A call to be sent later, or many times."""
+        return Bound(self._statement(text), [literal(argument) for argument in arguments])
 
     def _statement(self, text: LiteralString) -> str:
         statement = self._composed.get(text)
@@ -64,13 +53,21 @@ class Calls:
         return (await self.rows(connection, text, *arguments))[0][0]
 
 
-def literal(value: Any) -> str | None:
+@attrs.frozen
+class Bound:
+    """A statement with its arguments."""
+
+    statement: str
+    arguments: list[bytes | None]
+
+
+def literal(value: Any) -> bytes | None:
     """An argument as PostgreSQL's text: a number, text, boolean, uuid, or a sequence of them as an array."""
-    if value is None or type(value) is str:
-        return value
+    if value is None:
+        return None
     if isinstance(value, list | tuple):
-        return f"{{{','.join(map(_element, value))}}}"
-    return str(value)
+        return f"{{{','.join(map(_element, value))}}}".encode()
+    return str(value).encode()
 
 
 def _element(value: Any) -> str:

@@ -1,14 +1,16 @@
-"""Claims one queue's jobs: woken by the bell, a due time or the poll, it claims until the queue is dry or hands are full."""
+"""Claims one queue's jobs: woken by the bell, a due time or the poll, it claims until the queue is dry or hands are full.
+
+A claimer at rest that hears of a job claims at once, on the connection that heard of it, and need not be woken if that
+brings all there is. Everything else is done by its task, on a connection of the pool.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 from collections import deque
 from typing import TYPE_CHECKING
 
-import attrs
 import psycopg
 import trio
 
@@ -44,15 +46,6 @@ DUE_AGAIN = 0.01
 """Seconds until a due ticket that another runtime is promoting is looked for again."""
 
 
-@attrs.frozen
-class _Begun:
-    """A claim that has been sent."""
-
-    finish: Callable[[], Awaitable[list[Claimed]]]
-    how_many: int
-    at: float
-
-
 class Claimer:
     """Feeds the slots of one queue. Take jobs with ``take()``; say ``finished()`` for each."""
 
@@ -63,14 +56,15 @@ class Claimer:
         capacity: int,
         poll_interval: float | None,
         claim: Callable[[int, dict[int, int] | None], Awaitable[list[Claimed]]],
-        claim_nowait: Callable[[int], Callable[[], Awaitable[list[Claimed]]] | None],
+        claim_at_once: Callable[[int, Callable[[list[Claimed] | Exception], None]], bool],
         next_due: Callable[[], Awaitable[tuple[float | None, float]]],
         release: Callable[[Claimed], object],
         events: Events,
     ) -> None:
         """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue.
 
-        ``claim_nowait(how_many)`` sends a claim from the beginning without waiting; what it gives brings the jobs.
+        ``claim_at_once(how_many, answered)`` sends a claim from the beginning without waiting, if that can be done now;
+        ``answered`` then gets the jobs or the error.
 
         ``release`` hands back a job that did not start; it never waits.
         """
@@ -80,7 +74,7 @@ class Claimer:
         self._capacity = capacity
         self._poll_interval = poll_interval
         self._claim = claim
-        self._claim_nowait = claim_nowait
+        self._claim_at_once = claim_at_once
         self._next_due = next_due
         self._release = release
         self._events = events
@@ -89,6 +83,7 @@ class Claimer:
         self._takers = trio.lowlevel.ParkingLot()
         self._room = Bell()
         self._running = 0
+        self._idle_demand = 0
         self._looked_at = -math.inf
         self._look_seconds = 0.0
         self._due_at: float = math.inf
@@ -96,14 +91,18 @@ class Claimer:
         self._due_unknown = True
         self._random = random.Random()
         self._resting = False
-        self._begun: _Begun | None = None
-        self._rung_since = False
+        self._asked_for = 0
+        self._asked_at = -math.inf
+        self._answered = trio.lowlevel.ParkingLot()
+        self._refusal: Exception | None = None
+        self._ending = False
 
     # what others call
 
     def heard(self, payload: str) -> None:
         """A notification of the queue's channel: ``r:<priority>:<number>`` or ``d:<epoch seconds>``."""
         kind, _, rest = payload.partition(":")
+        asked = kind == "r" and self._ask()  # what follows can wait, a job that is to start cannot
         try:
             if kind == "r":
                 priority, _, number = rest.partition(":")
@@ -117,23 +116,21 @@ class Claimer:
                 self._due_unknown = True
         except ValueError:
             pass  # not from our trigger; look anyway
-        if self._resting and kind == "r":
-            self._begin()
-        else:
-            self._ring()
+        if not asked:
+            self.bell.ring()
 
     def look_again(self) -> None:
         """Look from the beginning, and for the next due time: notifications may have been missed."""
         self._looked_at = -math.inf
         self._due_unknown = True
-        self._ring()
+        self.bell.ring()
 
     def due_in(self, seconds: float) -> None:
         """The beat saw a ticket that is due in so many seconds."""
         due_at = trio.current_time() + seconds
         if due_at < self._due_at - DUE_AGAIN:
             self._due_at = max(due_at, trio.current_time() + DUE_AGAIN)
-            self._ring()
+            self.bell.ring()
 
     def poll(self) -> None:
         """The beat saw ready jobs: look, unless the queue's own poll interval says that it is too early."""
@@ -154,6 +151,7 @@ class Claimer:
         self._running -= 1
         in_hand = self._running or self._buffer
         self._rate.finished(None if in_hand else trio.current_time())
+        self._idle_demand = 0 if in_hand else self._demand()
         self._room.ring()
 
     def take_back(self) -> list[Claimed]:
@@ -179,20 +177,13 @@ class Claimer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until cancelled. A claim under way is finished, so that no job is claimed and forgotten."""
         task_status.started()
-        self._ring()
+        self.bell.ring()
         try:
             await self._claim_for_ever()
         finally:
-            if self._begun is not None:
-                await self._take_in(self._begun)
-
-    async def _take_in(self, begun: _Begun) -> None:
-        """Wait for a claim that was sent before the end, so that its jobs can be handed back with the others."""
-        with (
-            trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT),
-            contextlib.suppress(NotifyqError, psycopg.Error),  # a runtime that is stopping may be refused: no jobs
-        ):
-            self._buffer.extend(await begun.finish())
+            self._ending = True
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT):
+                await self._wait_answered()
 
     async def _claim_for_ever(self) -> None:
         failures = 0
@@ -211,20 +202,35 @@ class Claimer:
                 await trio.sleep(reconnect_delay(failures, self._random))
                 self.look_again()
 
-    def _begin(self) -> None:
-        """Send the claim now, before the scheduler comes to our task: a quarter of the time from send to start is saved."""
-        self._resting = False
-        self._rung_since = False
-        how_many = self._demand()
-        if how_many and self._look_seconds < CHEAP_LOOK:
-            finish = self._claim_nowait(how_many)
-            if finish is not None:
-                self._begun = _Begun(finish, how_many, trio.current_time())
-        self.bell.ring()
+    def _ask(self) -> bool:
+        """Send a claim now, before the scheduler comes to any task of ours: that is much of the time from send to start."""
+        if not self._resting or self.bell.rung or self._asked_for or self._look_seconds >= CHEAP_LOOK:
+            return False
+        how_many = self._idle_demand or self._demand()
+        if not how_many or not self._claim_at_once(how_many, self._hear):
+            return False
+        self._asked_for = how_many
+        self._asked_at = trio.current_time()
+        return True
 
-    def _ring(self) -> None:
-        self._rung_since = True  # a claim that has begun may not see what this is about
-        self.bell.ring()
+    def _hear(self, answer: list[Claimed] | Exception) -> None:
+        """The answer to that claim."""
+        asked_for, self._asked_for = self._asked_for, 0
+        self._answered.unpark_all()
+        if isinstance(answer, Exception):
+            self._refusal = answer
+            self.bell.ring()
+        elif self._ending:
+            self._buffer.extend(answer)
+        else:
+            takers = len(self._takers)
+            self._looked(self._asked_at, answer)
+            if len(answer) == asked_for or len(answer) > takers:  # there may be more, or some may have to wait here
+                self.bell.ring()
+
+    async def _wait_answered(self) -> None:
+        while self._asked_for:
+            await self._answered.park()
 
     async def _wait_for_work(self) -> None:
         self._resting = True
@@ -258,32 +264,25 @@ class Claimer:
             self._release(job)
 
     async def _drain(self) -> None:
+        await self._wait_answered()
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            raise refusal
         # One look from the beginning finds all; only when such looks are dear is the floor tried first.
         dry = self._look_seconds < CHEAP_LOOK
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
-            begun, self._begun = self._begun, None
-            if begun is not None:
-                how_many, now, whole = begun.how_many, begun.at, True
-                if not self._rung_since:
-                    self.bell.clear()
-            else:
-                how_many = await self._wait_room()
-                self.bell.clear()
-                now = trio.current_time()
-                whole = dry or not self._floor.numbers or now >= self._looked_at + self._look_interval()
+            how_many = await self._wait_room()
+            self.bell.clear()
+            now = trio.current_time()
+            whole = dry or not self._floor.numbers or now >= self._looked_at + self._look_interval()
             with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
-                jobs = await (
-                    begun.finish() if begun else self._claim(how_many, None if whole else self._floor.numbers)
-                )
+                jobs = await self._claim(how_many, None if whole else self._floor.numbers)
             if patience.cancelled_caught:
                 raise ConnectionLost(f"no answer to a claim within {ANSWER_TIMEOUT:g} s")
             if whole:
-                self._looked_at = trio.current_time()
-                self._look_seconds = self._looked_at - now
-                if not jobs:
-                    self._floor.reset()
-            if jobs:
+                self._looked(now, jobs)
+            else:
                 self._deliver(jobs)
             if len(jobs) < how_many:
                 # With a floor that may only mean that the rest lies below it: look before resting.
@@ -292,6 +291,14 @@ class Claimer:
                     return
             else:
                 dry = False
+
+    def _looked(self, since: float, jobs: list[Claimed]) -> None:
+        """A claim from the beginning brought these."""
+        self._looked_at = trio.current_time()
+        self._look_seconds = self._looked_at - since
+        if not jobs:
+            self._floor.reset()
+        self._deliver(jobs)
 
     def _look_interval(self) -> float:
         return max(LOOK_EVERY, self._look_seconds / LOOK_SHARE)
@@ -311,7 +318,10 @@ class Claimer:
         return demand(self._capacity, self._running, len(self._buffer), per_second)
 
     def _deliver(self, jobs: list[Claimed]) -> None:
+        if not jobs:
+            return
         now = trio.current_time()
+        self._idle_demand = 0
         self._floor.claimed(jobs, now)
         self._rate.busy(now)
         for job in jobs:

@@ -15,7 +15,7 @@ from ._errors import InvalidData
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["check_type", "decode", "encode", "from_json", "to_json"]
+__all__ = ["check_type", "decode", "encode", "from_json", "read_json", "to_json"]
 
 _converter = make_converter()
 
@@ -93,6 +93,17 @@ def encode(value: Any, type_: Any) -> str:
         # Not of the declared class: fine if it reads back as it (a dict for a TypedDict, say).
         from_json(json.loads(text), type_)
     return text
+
+
+_read = json.JSONDecoder().raw_decode  # without json.loads()'s search for blanks: jsonb has none around it
+
+
+def read_json(text: str | None) -> Any:
+    """Read what the server wrote of a jsonb value. Raises ``InvalidData`` if it is nested too deeply."""
+    try:
+        return None if text is None else _read(text)[0]
+    except RecursionError:
+        raise InvalidData("data is nested too deeply") from None
 
 
 def decode(text: str, type_: Any) -> Any:

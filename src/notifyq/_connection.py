@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -23,7 +22,6 @@ from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import dict_row, tuple_row
-from psycopg.types.json import set_json_loads
 from psycopg.waiting import Ready, Wait
 
 from ._errors import ConnectionLost
@@ -37,7 +35,6 @@ T = TypeVar("T")
 __all__ = [
     "ANSWER_TIMEOUT",
     "CANCEL_GRACE",
-    "Reply",
     "TrioConnection",
     "answered_within",
 ]
@@ -46,8 +43,6 @@ ANSWER_TIMEOUT = 10.0
 """Seconds a runtime's own statement may take: they are small, so longer means that the answer will not come."""
 
 READ_ONLY = "25006"
-
-_decode_json = json.JSONDecoder().decode
 
 CANCEL_GRACE = 2.0
 """Seconds the server gets to end a cancelled query before its connection is closed."""
@@ -60,13 +55,14 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         """Drive the connection that ``opened`` (blocking, in autocommit) has opened."""
         super().__init__(opened.pgconn, row_factory=tuple_row)
         self.lock = QuickLock()  # type: ignore[assignment]
-        self._opened = opened
+        self.opened = opened
         self._autocommit = True
         self.prepare_threshold = opened.prepare_threshold
         self.cancel_grace = CANCEL_GRACE
-        set_json_loads(_read_json, self)
         self._statements: dict[str, _Statement] = {}
         self._numbers = itertools.count(1)
+        self._sent: _Statement | None = None
+        self._received: Any = None
 
     async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:
         """Run a protocol generator to its end. Cancelled: the query is cancelled and drained, or the connection closed."""
@@ -79,8 +75,8 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 await self._end_query(step)
             raise
 
-    async def fetch(self, statement: str, parameters: Sequence[str | None] = ()) -> list[tuple[Any, ...]]:
-        """Run a statement with ``$1``-style parameters, given as PostgreSQL's text, and return its rows.
+    async def fetch(self, statement: str, parameters: Sequence[bytes | None] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement with ``$1``-style parameters, given as PostgreSQL's text in UTF-8, and return its rows.
 
         A cursor's work for every execution (placeholders, dumpers, the look-up of what is prepared) costs more than the
         round trip when the process was asleep. Here it is done once for a statement: from its second execution on it
@@ -88,54 +84,82 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         """
         if self._pipeline is not None or not self._autocommit:  # the caller's: psycopg keeps the books
             cursor = psycopg.AsyncRawCursor(self)
-            await cursor.execute(statement.encode(), parameters)
+            await cursor.execute(statement.encode(), [None if text is None else text.decode() for text in parameters])
             return await cursor.fetchall()
         async with self.lock:
-            known = self._statements.get(statement)
-            if known is None:
-                known = self._statements[statement] = _Statement(Transformer(self))
-            elif known.name is None and self.prepare_threshold is not None:
-                name = b"notifyq_%d" % next(self._numbers)
-                self.pgconn.send_prepare(name, statement.encode())
-                await self._result()
-                known.name = name
+            known = await self._known(statement)
             if known.name is None:
-                self.pgconn.send_query_params(statement.encode(), _encoded(parameters))
+                self.pgconn.send_query_params(statement.encode(), parameters)
             else:
-                self.pgconn.send_query_prepared(known.name, _encoded(parameters))
+                self.pgconn.send_query_prepared(known.name, parameters)
             return known.load(await self._result())
 
-    def send(self, statement: str, parameters: Sequence[str | None] = ()) -> Reply | None:
-        """Send a statement without waiting for anything, if it is prepared and the connection is free; else None.
+    async def prepare(self, statement: str) -> None:
+        """Prepare a statement for ``send``, and for ``fetch``."""
+        async with self.lock:
+            await self._known(statement, at_once=True)
 
-        Nobody can use the connection until the reply has been awaited.
+    async def _known(self, statement: str, *, at_once: bool = False) -> _Statement:
+        known = self._statements.get(statement)
+        if known is None:
+            known = self._statements[statement] = _Statement(Transformer(self))
+            if not at_once:
+                return known
+        if known.name is None and self.prepare_threshold is not None:
+            name = b"notifyq_%d" % next(self._numbers)
+            self.pgconn.send_prepare(name, statement.encode())
+            await self._result()
+            known.name = name
+        return known
+
+    def send(self, statement: str, parameters: Sequence[bytes | None] = ()) -> bool:
+        """Send a prepared statement without waiting for anything. False: it is not prepared, or the connection is not free.
+
+        ``wait_input`` waits for the answer, among other things, and ``received`` takes it: until then nobody else can use
+        the connection.
         """
         known = self._statements.get(statement)
-        if known is None or known.name is None or self._pipeline is not None or not self._autocommit:
-            return None
-        if not self.lock.acquire_nowait():  # type: ignore[attr-defined]
-            return None
+        if known is None or known.name is None or not self.lock.acquire_nowait():  # type: ignore[attr-defined]
+            return False
         try:
-            self.pgconn.send_query_prepared(known.name, _encoded(parameters))
-        except psycopg.Error:  # it broke: the next one to use it will be told
+            self.pgconn.send_query_prepared(known.name, parameters)
+        except psycopg.Error:  # it broke: who waits for input will be told
             self.lock.release()
+            return False
+        self._sent = known
+        return True
+
+    def received(self) -> list[tuple[Any, ...]] | None:
+        """The rows of what was sent, once all are here; else None. Raises psycopg's errors."""
+        if self._sent is None:
             return None
-        return Reply(self, known)
+        while not self.pgconn.is_busy():
+            result = self.pgconn.get_result()
+            if result is not None:
+                self._received = result
+                continue
+            sent, self._sent = self._sent, None
+            self.lock.release()
+            return sent.load(self._checked(self._received))
+        return None
 
     async def _result(self) -> pq.abc.PGresult:
         """The result of the one statement that was sent."""
         [result] = await self.wait(generators.execute(self.pgconn))
+        return self._checked(result)
+
+    def _checked(self, result: pq.abc.PGresult) -> pq.abc.PGresult:
         if result.status == ExecStatus.FATAL_ERROR:
             error = error_from_result(result, encoding="utf-8")
             if error.sqlstate == READ_ONLY:
                 self.pgconn.finish()  # this server was demoted: a new connection may reach its successor
             raise error
-        return result  # type: ignore[no-any-return]
+        return result
 
     async def _end_query(self, step: _Step) -> None:
         if self.pgconn.pipeline_status == PipelineStatus.OFF:
             with trio.move_on_after(self.cancel_grace, shield=True), contextlib.suppress(psycopg.Error):
-                await trio.to_thread.run_sync(self._opened.cancel_safe, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(self.opened.cancel_safe, abandon_on_cancel=True)
                 await step.finish()
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
             self.pgconn.finish()
@@ -166,21 +190,30 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 self.pgconn.finish()
             raise
 
+    @property
+    def clean(self) -> bool:
+        """Whether it is open with nothing under way: no transaction, no query, no pipeline."""
+        return (
+            self.pgconn.status == ConnStatus.OK
+            and self.pgconn.transaction_status == TransactionStatus.IDLE
+            and self.pgconn.pipeline_status == PipelineStatus.OFF
+            and self._pipeline is None
+        )
+
     async def settle(self) -> bool:
         """Make the connection fit for its next user by rolling back what is open, shielded. False: it is closed."""
-        if self.pgconn.status == ConnStatus.OK and self._dirty():
+        if self.pgconn.status == ConnStatus.OK and not self.clean:
             with trio.move_on_after(self.cancel_grace, shield=True), contextlib.suppress(psycopg.Error):
                 await self.rollback()
-        if self.pgconn.status == ConnStatus.OK and not self._dirty():
+        if self.clean:
             return True
         self.pgconn.finish()
         return False
 
-    def _dirty(self) -> bool:
-        return (
-            self.pgconn.transaction_status != TransactionStatus.IDLE
-            or self.pgconn.pipeline_status != PipelineStatus.OFF
-            or self._pipeline is not None
+    def on_notification(self, heard: Callable[[str, str], None]) -> None:
+        """Call back with the channel and the payload of each notification, at once, instead of psycopg's handlers."""
+        self.pgconn.notify_handler = lambda notification: heard(
+            notification.relname.decode(), notification.extra.decode()
         )
 
     async def wait_input(self) -> None:
@@ -208,30 +241,6 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def dict_cursor(self) -> psycopg.AsyncCursor[dict[str, Any]]:
         """A cursor whose rows are dictionaries."""
         return self.cursor(row_factory=dict_row)
-
-
-def _read_json(data: str | bytes) -> Any:
-    """What json.loads() does, without its guess at the encoding: the connection's is UTF-8."""
-    return _decode_json(data if isinstance(data, str) else data.decode())
-
-
-def _encoded(parameters: Sequence[str | None]) -> list[bytes | None]:
-    return [None if parameter is None else parameter.encode() for parameter in parameters]
-
-
-class Reply:
-    """The reply to a statement that was sent. It must be awaited, once."""
-
-    def __init__(self, connection: TrioConnection, statement: _Statement) -> None:
-        self._connection = connection
-        self._statement = statement
-
-    async def rows(self) -> list[tuple[Any, ...]]:
-        """Wait for the rows, as ``fetch`` does."""
-        try:
-            return self._statement.load(await self._connection._result())
-        finally:
-            self._connection.lock.release()
 
 
 class _Statement:

@@ -6,7 +6,6 @@ into an outcome. Whatever a handler does, its slot survives; what is not an ``Ex
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -39,7 +38,6 @@ class _Run:
 
     jobs: list[Job[Any]]
     scope: trio.CancelScope
-    started: float
     reason: str | None = None
     """Why it is being cancelled: ``cancel``, ``lost`` or ``shutdown``; a timeout needs none."""
     given_up: bool = False
@@ -190,14 +188,14 @@ class Executor:
 
     async def _run_jobs(self, jobs: list[Job[Any]]) -> list[Outcome]:
         started = trio.current_time()
-        deadline = started + min(job.timeout for job in jobs)
-        run = _Run(jobs, trio.CancelScope(deadline=deadline), started)
+        timeout = jobs[0].timeout if len(jobs) == 1 else min(job.timeout for job in jobs)
+        deadline = started + timeout
+        run = _Run(jobs, trio.CancelScope(deadline=deadline))
         for job in jobs:
             job.deadline = deadline
             self._runs[job.id] = run
         error: Exception | None = None
         result: Any = None
-        wall = time.perf_counter()
         try:
             with run.scope:
                 result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
@@ -219,7 +217,7 @@ class Executor:
         rules = {
             "type_": self._queue.output_type,
             "limit": self._output_limit,
-            "elapsed": time.perf_counter() - wall,
+            "elapsed": trio.current_time() - started,
         }
         if self._worker.kind == "batch":
             return judge_batch(jobs, result, error, **rules)

@@ -1,7 +1,9 @@
 """The one listening connection: hears notifications, and runs the statements that belong on it.
 
 One task owns the connection. Others hand it statements with ``call()``; between them it parks until the server
-says something. A listener that cannot listen says so once, and keeps trying: until then polling finds the jobs.
+says something. Who hears a notification may ask back at once, with ``ask()``: the answer comes to the task that is
+waiting for the server anyway, on the connection and the server process that have just been woken.
+A listener that cannot listen says so once, and keeps trying: until then polling finds the jobs.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -19,12 +22,13 @@ import trio
 from ._backoff import reconnect_delay
 from ._errors import ConnectionLost, NotifyqError
 from ._opening import open_connection
-from ._sql import translated
+from ._sql import as_ours, translated
 from .events import ListenerDown, ListenerUp
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable
 
+    from ._calls import Bound
     from ._connection import TrioConnection
     from ._store import Store
     from .events import Events
@@ -45,6 +49,9 @@ class _Call:
     error: Exception | None = None
 
 
+Answered = Callable[[list[Any] | Exception], None]
+
+
 class Listener:
     """Listens on channels and calls back with each payload."""
 
@@ -58,6 +65,8 @@ class Listener:
         self._interests_held: set[int] = set()
         self._taking_interest = trio.Lock()
         self._calls: deque[_Call] = deque()
+        self._questions: list[Bound] = []
+        self._answered: Answered | None = None
         self._waiting: trio.CancelScope | None = None
         self._random = random.Random()
         self._proof = ""
@@ -90,6 +99,26 @@ class Listener:
             raise call.error
         result: T = call.result
         return result
+
+    def will_ask(self, question: Bound) -> None:
+        """Prepare a statement, whatever its arguments, at the next connect, so that it can be asked."""
+        self._questions.append(question)
+
+    def ask(self, question: Bound, answered: Answered) -> bool:
+        """Send a statement at once, without waiting for anything; call from what hears a notification.
+
+        ``answered`` gets the rows or the error, in the event loop. False: it cannot be done now, because another
+        statement is under way or this one is not prepared; use a connection of the pool.
+        """
+        if self._waiting is None or self._calls or not self._connected_to.send(question.statement, question.arguments):
+            return False
+        self._answered = answered
+        return True
+
+    @property
+    def asked(self) -> bool:
+        """Whether an answer is outstanding."""
+        return self._answered is not None
 
     @contextlib.asynccontextmanager
     async def interest(self, queue: int) -> AsyncIterator[None]:
@@ -152,7 +181,7 @@ class Listener:
     async def _begin(self, connection: TrioConnection) -> None:
         """LISTEN, then prove it: a transaction pooler accepts LISTEN and delivers nothing. Only then take locks."""
         control = await self._store.channel(connection, 0)
-        connection.add_notify_handler(self._heard)
+        connection.on_notification(self._heard)
         for channel in {control, *self._channels}:
             await self._store.listen(connection, channel)
         self._proof = f"proof:{uuid4()}"
@@ -164,6 +193,8 @@ class Listener:
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
         await self._store.keepalive(connection)
+        for statement in {question.statement for question in self._questions}:
+            await connection.prepare(statement)
         while missing := self._interests.keys() - self._interests_held:  # waiters may come while we are at it
             for queue in missing:
                 await self._hold_interest(connection, queue)
@@ -181,23 +212,41 @@ class Listener:
             self._interests_held.discard(queue)
             await self._store.drop_interest(connection, queue)
 
-    def _heard(self, notification: psycopg.Notify) -> None:
-        if notification.payload.startswith("proof:"):
-            self._proven |= notification.payload == self._proof
-        elif (heard := self._channels.get(notification.channel)) is not None:
-            heard(notification.payload)
+    def _heard(self, channel: str, payload: str) -> None:
+        if payload.startswith("proof:"):
+            self._proven |= payload == self._proof
+        elif (heard := self._channels.get(channel)) is not None:
+            heard(payload)
 
     async def _serve(self, connection: TrioConnection) -> None:
+        self._connected_to = connection
         while True:
             while self._calls:
+                with trio.fail_after(CALL_TIMEOUT):
+                    while self._answered is not None:
+                        await connection.wait_input()
+                        self._hear_answer(connection)
                 await self._run_call(connection, self._calls[0])
                 self._calls.popleft()
             with trio.CancelScope() as self._waiting:
                 try:
                     while not self._calls:
                         await connection.wait_input()
+                        self._hear_answer(connection)
                 finally:
                     self._waiting = None
+
+    def _hear_answer(self, connection: TrioConnection) -> None:
+        if self._answered is None:
+            return
+        answer: list[Any] | Exception | None
+        try:
+            answer = connection.received()
+        except psycopg.Error as error:
+            answer = as_ours(error) or error
+        if answer is not None:
+            answered, self._answered = self._answered, None
+            answered(answer)
 
     async def _run_call(self, connection: TrioConnection, call: _Call) -> None:
         try:
@@ -215,6 +264,9 @@ class Listener:
             call.done.set()
 
     def _refuse_calls(self) -> None:
+        if self._answered is not None:
+            answered, self._answered = self._answered, None
+            answered(ConnectionLost("the listening connection broke: whether the statement was done is unknown"))
         while self._calls:
             call = self._calls.popleft()
             call.error = call.error or ConnectionLost("the listening connection is down")

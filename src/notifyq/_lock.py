@@ -11,34 +11,37 @@ class QuickLock:
     """A lock, or several permits, for ``async with``. Fair once somebody waits, as trio's are."""
 
     def __init__(self, permits: int = 1) -> None:
-        self._semaphore = trio.Semaphore(permits, max_value=permits)
         self._permits = permits
+        self._free = permits
+        self._waiters = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
         if not self.acquire_nowait():
-            await self._semaphore.acquire()
+            await self._waiters.park()  # release() leaves the permit to whom it wakes
 
     async def __aexit__(self, *_: object) -> None:
-        self._semaphore.release()
+        self.release()
 
     def acquire_nowait(self) -> bool:
         """Take it if it is free; True if it was. Then ``release`` it."""
-        try:
-            self._semaphore.acquire_nowait()
-        except trio.WouldBlock:
+        if not self._free:
             return False
+        self._free -= 1
         return True
 
     def release(self) -> None:
         """Give it back."""
-        self._semaphore.release()
+        if self._waiters:
+            self._waiters.unpark()
+        else:
+            self._free += 1
 
     @property
     def held(self) -> int:
         """Permits in use."""
-        return self._permits - self._semaphore.value
+        return self._permits - self._free
 
     @property
     def waiting(self) -> int:
         """Tasks that wait for one."""
-        return self._semaphore.statistics().tasks_waiting
+        return len(self._waiters)

@@ -197,7 +197,7 @@ class QueueInfo:
 
 @attrs.define(eq=False)
 class Claimed:
-    """A job as ``claim()`` returns it, its data not decoded yet. Field order is the function's column order."""
+    """A job as ``claim()`` returns it, its JSON not read yet. Field order is the function's column order."""
 
     id: int
     attempt: int
@@ -206,9 +206,9 @@ class Claimed:
     retry_limit: int
     timeout: float
     sent_at: datetime
-    data: Any
-    headers: dict[str, Any] | None
-    provenance: dict[str, Any] | None
+    data: str | None
+    headers: str | None
+    provenance: str | None
     claimed_at: float = attrs.field(default=float("-inf"), init=False)
     """When its claim was answered, on ``trio.current_time()``'s clock."""
 

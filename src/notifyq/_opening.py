@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, LiteralString, TypeVar
 
 import psycopg
 import trio
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["open_connection", "parameters", "run_abandonable"]
+__all__ = ["ISOLATION", "open_connection", "parameters", "run_abandonable"]
 
 DEFAULTS = {
     "connect_timeout": 10,
@@ -25,6 +25,10 @@ DEFAULTS = {
     "tcp_user_timeout": 10_000,
 }
 """libpq parameters (seconds; the last milliseconds) that a DSN may set otherwise: a silent peer is noticed in about 11 s."""
+
+
+ISOLATION: LiteralString = "set default_transaction_isolation = 'read committed'"
+"""claim() is exact in READ COMMITTED only; a role or database may default to another level."""
 
 
 def parameters(dsn: str, **given: Any) -> dict[str, Any]:
@@ -63,6 +67,12 @@ async def open_connection(dsn: str, **given: Any) -> TrioConnection:
     """Open a connection in autocommit. Raises ``psycopg.OperationalError``; cancelled, it closes what it opened."""
 
     def connect() -> psycopg.Connection[Any]:
-        return psycopg.connect(dsn, **parameters(dsn, **given))
+        opened = psycopg.connect(dsn, **parameters(dsn, **given))
+        try:
+            opened.execute(ISOLATION)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
 
     return TrioConnection(await run_abandonable(connect, lambda opened: opened.close()))

@@ -17,9 +17,9 @@ import trio
 from ._connection import TrioConnection
 from ._errors import ClientClosed, ConnectionLost
 from ._lock import QuickLock
-from ._opening import parameters, run_abandonable
+from ._opening import ISOLATION, parameters, run_abandonable
 
-__all__ = ["Loan", "Pool", "PoolStatistics"]
+__all__ = ["Pool", "PoolStatistics"]
 
 IDLE_RETURN = 30.0
 """Seconds unused after which psycopg's pool gets a connection back, to check it, shrink or replace it."""
@@ -46,8 +46,7 @@ PREPARE_AFTER = 2
 
 
 def _prepare(connection: psycopg.Connection[Any]) -> None:
-    # claim() is exact in READ COMMITTED only; a role or database may default to another level.
-    connection.execute("set default_transaction_isolation = 'read committed'")
+    connection.execute(ISOLATION)
     # A pooler in between gives its own process number, and may give each transaction to another server process,
     # which knows nothing of what was prepared.
     answer = connection.execute("select pg_backend_pid()").fetchone()
@@ -59,7 +58,7 @@ class Pool:
 
     def __init__(self, dsn: str, *, size: int, connect_timeout: float) -> None:
         """Prepare a pool; nothing is opened yet. ``connect_timeout``: seconds a borrower waits for a connection."""
-        self._opener = psycopg_pool.ConnectionPool(
+        self._opener: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] = psycopg_pool.ConnectionPool(
             dsn,
             kwargs=parameters(dsn, prepare_threshold=None),
             connection_class=_Opened,
@@ -75,7 +74,7 @@ class Pool:
         self._size = size
         self._permits = QuickLock(size)
         self._connect_timeout = connect_timeout
-        self._resting: list[tuple[float, _Opened]] = []
+        self._resting: list[tuple[float, TrioConnection]] = []
         self._closed = True
 
     async def __aenter__(self) -> Pool:
@@ -86,7 +85,7 @@ class Pool:
     async def __aexit__(self, *_: object) -> None:
         self._closed = True
         for _since, connection in self._resting:
-            self._opener.putconn(connection)
+            self._opener.putconn(connection.opened)
         self._resting.clear()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self._opener.close)
@@ -97,21 +96,9 @@ class Pool:
         What the borrower leaves open is rolled back; a connection that broke, or whose query could not be ended, is
         closed and replaced. Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
         """
-        return Loan(self)
+        return _Loan(self)
 
-    def lend_nowait(self) -> Loan | None:
-        """Lend a connection that is at rest, if there is one; the loan must be ended."""
-        if self._closed or not self._permits.acquire_nowait():
-            return None
-        while self._resting:
-            _since, opened = self._resting.pop()
-            if not opened.closed:
-                return Loan(self, opened)
-            self._opener.putconn(opened)
-        self._permits.release()
-        return None
-
-    async def _lend(self) -> _Opened:
+    async def _lend(self) -> TrioConnection:
         """Raises ``ConnectionLost`` and ``ClientClosed``; what it returns must come back by ``_take_back``."""
         if self._closed:
             raise ClientClosed("this client is closed")
@@ -121,22 +108,18 @@ class Pool:
             if patience.cancelled_caught:
                 raise ConnectionLost(f"all {self._size} connections were in use for {self._connect_timeout:g} s")
         try:
-            return await self._borrow()
+            return self._wake() or await self._open()
         except BaseException:
             self._permits.release()
             raise
 
-    def _put_to_rest(self, opened: _Opened) -> None:
-        self._resting.append((trio.current_time(), opened))
-        self._permits.release()
-
-    async def _take_back(self, opened: _Opened) -> None:
+    async def _take_back(self, connection: TrioConnection) -> None:
         try:
-            fit = opened.view is None or await opened.view.settle()
+            fit = connection.clean or await connection.settle()
             if fit and not self._closed:
-                self._resting.append((trio.current_time(), opened))
+                self._resting.append((trio.current_time(), connection))
             else:
-                self._opener.putconn(opened)
+                self._opener.putconn(connection.opened)
             if not fit:
                 self._distrust()
             self._return_unused()
@@ -146,24 +129,32 @@ class Pool:
     def _distrust(self) -> None:
         """One connection broke: those that rest are of the same time, and most likely broken, too."""
         while self._resting:
-            _since, opened = self._resting.pop()
-            opened.close()
-            self._opener.putconn(opened)
+            _since, connection = self._resting.pop()
+            connection.opened.close()
+            self._opener.putconn(connection.opened)
 
-    async def _borrow(self) -> _Opened:
+    def _wake(self) -> TrioConnection | None:
+        """One that is at rest; those that broke meanwhile go."""
         while self._resting:
-            _since, opened = self._resting.pop()
-            if not opened.closed:
-                return opened
-            self._opener.putconn(opened)
+            _since, connection = self._resting.pop()
+            if not connection.closed:
+                return connection
+            self._opener.putconn(connection.opened)
+        return None
+
+    async def _open(self) -> TrioConnection:
         try:
-            return await run_abandonable(self._opener.getconn, self._opener.putconn)
+            opened = await run_abandonable(self._opener.getconn, self._opener.putconn)
         except psycopg_pool.PoolTimeout as error:
             raise ConnectionLost(f"no connection to the server in {self._opener.timeout:g} s") from error
+        assert isinstance(opened, _Opened)
+        if opened.view is None:
+            opened.view = TrioConnection(opened)
+        return opened.view
 
     def _return_unused(self) -> None:
         while self._resting and self._resting[0][0] < trio.current_time() - IDLE_RETURN:
-            self._opener.putconn(self._resting.pop(0)[1])
+            self._opener.putconn(self._resting.pop(0)[1].opened)
 
     def statistics(self) -> PoolStatistics:
         """Say how many connections are in use."""
@@ -180,34 +171,15 @@ class _Opened(psycopg.Connection[Any]):
     view: TrioConnection | None = None
 
 
-class Loan(AbstractAsyncContextManager[TrioConnection]):
+class _Loan(AbstractAsyncContextManager[TrioConnection]):
     """A class, not a generator: it is entered twice for every job of an idle runtime."""
 
-    def __init__(self, pool: Pool, opened: _Opened | None = None) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._opened = opened
-
-    @property
-    def connection(self) -> TrioConnection:
-        """What is lent."""
-        assert self._opened is not None
-        if self._opened.view is None:
-            self._opened.view = TrioConnection(self._opened)
-        return self._opened.view
 
     async def __aenter__(self) -> TrioConnection:
-        self._opened = await self._pool._lend()
-        return self.connection
+        self._connection = await self._pool._lend()
+        return self._connection
 
     async def __aexit__(self, *_: object) -> None:
-        await self.end()
-
-    def end_unused(self) -> None:
-        """Give back a connection on which nothing was done."""
-        assert self._opened is not None
-        self._pool._put_to_rest(self._opened)
-
-    async def end(self) -> None:
-        """Give the connection back."""
-        assert self._opened is not None
-        await self._pool._take_back(self._opened)
+        await self._pool._take_back(self._connection)

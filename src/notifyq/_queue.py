@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, overload
 
 import attrs
 
-from ._codec import check_type, encode, from_json
+from ._codec import check_type, encode, from_json, read_json
 from ._errors import InvalidData, InvalidOption
 from ._middleware import Middleware, check_middleware
 from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
@@ -244,7 +244,7 @@ class Queue(Generic[In, Out]):
 
 
 def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = None) -> Job[Any]:
-    """A claimed job as its worker sees it. Raises ``InvalidData`` if its data is not of the queue's type."""
+    """A claimed job as its worker sees it. Raises ``InvalidData`` for data that is not of the queue's type."""
     return Job(
         claimed.id,
         queue.name,
@@ -253,9 +253,9 @@ def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = 
         claimed.priority,
         claimed.timeout,
         claimed.sent_at,
-        from_json(claimed.data, queue.data_type),
-        claimed.headers or {},
-        claimed.provenance,
+        from_json(read_json(claimed.data), queue.data_type),
+        {} if claimed.headers is None else read_json(claimed.headers),
+        read_json(claimed.provenance),
         handle,
     )
 

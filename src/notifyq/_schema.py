@@ -145,7 +145,7 @@ async def printed_plan(connection: TrioConnection, schema: str) -> str:
         parts.append(sql.SQL("create schema {};").format(sql.Identifier(schema)).as_string(None))
     parts.extend(f"-- {file.name}\n{file.text}" for file in pending)
     for file in pending:
-        record = psycopg.ClientCursor(connection._opened).mogrify(_record(schema), (file.name, file.hash, VERSION))
+        record = psycopg.ClientCursor(connection.opened).mogrify(_record(schema), (file.name, file.hash, VERSION))
         parts.append(f"{record};")
     parts.append("commit;")
     return "\n\n".join(parts)

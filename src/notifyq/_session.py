@@ -111,6 +111,7 @@ class Session:
                     info,
                     pool=self._pool,
                     store=self._store,
+                    listener=self._listener,
                     runtime=self._id,
                     settler=self._settler,
                     handle=self,
@@ -284,7 +285,7 @@ class Session:
         what, _, ids = payload.partition(":")
         known = {str(job) for job, _attempt in self._known()}
         # While a claim is under way its jobs are not known here yet.
-        if what == "cancel" and (self._turn.held or not known.isdisjoint(ids.split(","))):
+        if what == "cancel" and (self._turn.held or self._listener.asked or not known.isdisjoint(ids.split(","))):
             self._heart.soon()
 
     # what a job asks of its runtime

@@ -9,15 +9,17 @@ import trio
 from ._claimer import Claimer
 from ._connection import ANSWER_TIMEOUT, answered_within
 from ._executor import Executor
-from ._models import Discarded, Released
+from ._models import Claimed, Discarded, Released
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Container, Sequence
+    from collections.abc import Callable, Collection, Container, Sequence
     from uuid import UUID
 
+    from ._calls import Bound
+    from ._listener import Listener
     from ._lock import QuickLock
     from ._middleware import Middleware
-    from ._models import Claimed, JobHandle, QueueInfo
+    from ._models import JobHandle, QueueInfo
     from ._pool import Pool
     from ._queue import Queue
     from ._settler import Settler
@@ -37,6 +39,7 @@ class QueueWorker:
         *,
         pool: Pool,
         store: Store,
+        listener: Listener,
         runtime: UUID,
         settler: Settler,
         handle: JobHandle,
@@ -51,6 +54,7 @@ class QueueWorker:
         self.info = info
         self._pool = pool
         self._store = store
+        self._listener = listener
         self._runtime = runtime
         self._settler = settler
         self._turn = turn
@@ -60,7 +64,7 @@ class QueueWorker:
             capacity=worker.concurrency * worker.batch_size,
             poll_interval=worker.poll_interval,
             claim=self._claim,
-            claim_nowait=self._claim_nowait,
+            claim_at_once=self._claim_at_once,
             next_due=self._next_due,
             release=self._release,
             events=events,
@@ -81,6 +85,9 @@ class QueueWorker:
         self._lease_number = 0
         self._durably = info.retry_limit == 0
         self._cancelled: Collection[int] = ()
+        self._bound_for = 1
+        self._bound = self._bind(1)
+        listener.will_ask(self._bound)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until ``stop()``, run jobs until cancelled."""
@@ -134,53 +141,40 @@ class QueueWorker:
     async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
         async with self._turn, self._pool.connection() as connection:
             lease_number = self._before_claim()
-            return await self._answer(
-                lambda: self._store.claim(
-                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
-                ),
-                lease_number,
-            )
-
-    def _claim_nowait(self, how_many: int) -> Callable[[], Awaitable[list[Claimed]]] | None:
-        """Send a claim at once, if it is nobody's turn and a connection is at rest. Its jobs must be awaited."""
-        if not self._turn.acquire_nowait():
-            return None
-        loan = self._pool.lend_nowait()
-        if loan is None:
-            self._turn.release()
-            return None
-        lease_number = self._before_claim()
-        sent = self._store.claim_nowait(
-            loan.connection, self.queue.name, how_many, self._runtime, durably=self._durably
-        )
-        if sent is None:
-            loan.end_unused()
-            self._turn.release()
-            return None
-
-        async def finish() -> list[Claimed]:
             try:
-                return await self._answer(sent, lease_number)
-            finally:
-                try:
-                    await loan.end()
-                finally:
-                    self._turn.release()
+                jobs = await self._store.claim(
+                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
+                )
+            except BaseException:
+                self.claim_failed = True
+                raise
+        return self._still_ours(jobs, lease_number)
 
-        return finish
+    def _claim_at_once(self, how_many: int, answered: Callable[[list[Claimed] | Exception], None]) -> bool:
+        """Send a claim on the connection that has just heard of a job, if that is free."""
+        if how_many != self._bound_for:  # an idle queue asks for the same number each time
+            self._bound_for, self._bound = how_many, self._bind(how_many)
+        lease_number = self._before_claim()
+
+        def heard(answer: list[Any] | Exception) -> None:
+            if isinstance(answer, Exception):
+                self.claim_failed = True
+                answered(answer)
+            else:
+                answered(self._still_ours([Claimed(*row) for row in answer], lease_number))
+
+        return self._listener.ask(self._bound, heard)
+
+    def _bind(self, how_many: int) -> Bound:
+        return self._store.bind_claim(self.queue.name, how_many, self._runtime, durably=self._durably)
 
     def _before_claim(self) -> int:
         """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""
         self._cancelled = ()
         return self._lease_number
 
-    async def _answer(self, claim: Callable[[], Awaitable[list[Claimed]]], lease_number: int) -> list[Claimed]:
-        """What a claim brings, less what was lost or cancelled while it was under way."""
-        try:
-            jobs = await claim()
-        except BaseException:
-            self.claim_failed = True
-            raise
+    def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
+        """What a claim brought, less what was lost or cancelled while it was under way."""
         if lease_number != self._lease_number:
             self.claim_failed = True
             return []

@@ -20,6 +20,7 @@ import notifyq
 from notifyq import Job, Queue, _schema, events
 from notifyq._listener import Listener
 from notifyq._opening import open_connection
+from notifyq._store import Store
 from notifyq._worker import QueueWorker
 from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed, LeaseLost
 
@@ -585,9 +586,9 @@ def lose(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Lose every notification of a kind on its way."""
     heard = Listener._heard
 
-    def deaf(self: Listener, notification: psycopg.Notify) -> None:
-        if not notification.payload.startswith(kind):
-            heard(self, notification)
+    def deaf(self: Listener, channel: str, payload: str) -> None:
+        if not payload.startswith(kind):
+            heard(self, channel, payload)
 
     monkeypatch.setattr(Listener, "_heard", deaf)
 
@@ -671,12 +672,12 @@ def counting_server(folder: Path) -> Iterator[str]:
 
 async def test_one_new_job_with_fifty_idle_slots_costs_few_claims(start, nq, monkeypatch):
     claims = 0
-    answer = QueueWorker._answer
+    before_claim = QueueWorker._before_claim
 
-    async def counted(self: QueueWorker, *arguments: Any) -> Any:
+    def counted(self: QueueWorker) -> int:
         nonlocal claims
         claims += 1
-        return await answer(self, *arguments)
+        return before_claim(self)
 
     queue = Queue("q", int, int)
 
@@ -686,7 +687,7 @@ async def test_one_new_job_with_fifty_idle_slots_costs_few_claims(start, nq, mon
 
     seen = await start(queue, lease=HOUR)
     await idle()
-    monkeypatch.setattr(QueueWorker, "_answer", counted)
+    monkeypatch.setattr(QueueWorker, "_before_claim", counted)
     for number in range(1, 6):
         before = claims
         await nq.send(queue, number)
@@ -796,23 +797,20 @@ async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, 
     async def work(job: Job[int]) -> int:
         return job.attempt
 
-    begin = QueueWorker._claim_nowait
+    claim_at_once = QueueWorker._claim_at_once
     brought: list[int] = []
 
-    def lose_on_the_way(self: QueueWorker, how_many: int) -> Any:
-        begun = begin(self, how_many)
-        if begun is None or brought:
-            return begun
+    def lose_on_the_way(self: QueueWorker, how_many: int, answered: Callable[[Any], None]) -> bool:
+        def heard(answer: Any) -> None:
+            brought.append(len(answer))
+            answered(answer)
+
+        if brought or not claim_at_once(self, how_many, heard):
+            return False
         self.lose_all()
+        return True
 
-        async def finish() -> Any:
-            jobs = await begun()
-            brought.append(len(jobs))
-            return jobs
-
-        return finish
-
-    monkeypatch.setattr(QueueWorker, "_claim_nowait", lose_on_the_way)
+    monkeypatch.setattr(QueueWorker, "_claim_at_once", lose_on_the_way)
     seen = await start(queue, lease=1.0)
     with trio.fail_after(20):
         while not brought:
@@ -851,15 +849,15 @@ async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, m
     queue = Queue("q", int, int)
     sends = True
     rang = trio.Event()
-    heard, answer = Listener._heard, QueueWorker._answer
+    heard, claim = Listener._heard, Store.claim
 
-    def listen(self: Listener, notification: psycopg.Notify) -> None:
-        heard(self, notification)
+    def listen(self: Listener, channel: str, payload: str) -> None:
+        heard(self, channel, payload)
         rang.set()
 
-    async def answer_and_hear(self: QueueWorker, *arguments: Any) -> Any:
+    async def claim_and_hear(self: Store, *arguments: Any, **options: Any) -> Any:
         nonlocal rang
-        jobs = await answer(self, *arguments)
+        jobs = await claim(self, *arguments, **options)
         if sends:
             rang = trio.Event()
             await nq.send(queue, 1)
@@ -873,7 +871,8 @@ async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, m
     monkeypatch.setattr(Listener, "_heard", listen)
     seen = await start(queue)
     await idle()
-    monkeypatch.setattr(QueueWorker, "_answer", answer_and_hear)
+    monkeypatch.setattr(Listener, "ask", lambda *_: False)
+    monkeypatch.setattr(Store, "claim", claim_and_hear)
     await nq.send(queue, 1)
     await seen.wait(JobCompleted, 50)
     seen.runtime.stop()

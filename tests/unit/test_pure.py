@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import psycopg
@@ -28,6 +28,9 @@ from notifyq._models import Claimed
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
 from notifyq.events import Events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HANDS = st.integers(0, 5000)
 
@@ -292,12 +295,10 @@ def test_a_schema_of_another_name_has_no_trace_of_the_first():
     assert all("notifyq" not in file.text for file in _schema.load("other"))
 
 
-@pytest.mark.parametrize("refusal", [NoLease("stopping"), psycopg.OperationalError("gone")])
-async def test_a_claim_that_was_sent_just_before_the_end_may_be_refused(refusal):
-    sent = []
-
-    async def refused() -> list[Any]:
-        raise refusal
+@pytest.mark.parametrize("answer", [NoLease("stopping"), psycopg.OperationalError("gone"), [claimed(1), claimed(2)]])
+async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_handed_back(answer):
+    asked: list[int] = []
+    answers: list[Callable[[Any], None]] = []
 
     async def claim(_how_many: int, _floors: Any) -> list[Any]:
         return []
@@ -305,24 +306,34 @@ async def test_a_claim_that_was_sent_just_before_the_end_may_be_refused(refusal)
     async def next_due() -> tuple[None, float]:
         return None, 0.0
 
-    def claim_nowait(how_many: int) -> Any:
-        sent.append(how_many)
-        return refused
+    def claim_at_once(how_many: int, answered: Callable[[Any], None]) -> bool:
+        asked.append(how_many)
+        answers.append(answered)
+        return True
 
     claimer = Claimer(
         "q",
         capacity=3,
         poll_interval=None,
         claim=claim,
-        claim_nowait=claim_nowait,
+        claim_at_once=claim_at_once,
         next_due=next_due,
-        release=sent.append,
+        release=asked.append,
         events=Events(),
     )
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(claimer.run)
+        claiming = trio.CancelScope()
+
+        async def run() -> None:
+            with claiming:
+                await claimer.run()
+
+        nursery.start_soon(run)
         await trio.testing.wait_all_tasks_blocked()
         claimer.heard("r:0:1")
-        nursery.cancel_scope.cancel()
-    assert sent == [3]
-    assert claimer.take_back() == []
+        claiming.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert claimer.take_back() == []
+        assert asked == [3]
+        answers.pop()(answer)
+    assert claimer.take_back() == (answer if isinstance(answer, list) else [])
