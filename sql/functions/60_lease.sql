@@ -30,6 +30,7 @@ create or replace function notifyq.beat(
     runtime uuid,
     queues int[] default '{}',
     out renewed boolean,
+    out held int,
     out cancels bigint[],
     out ready int[],
     out due_in jsonb,
@@ -45,10 +46,10 @@ begin
     set beat_at = clock_timestamp(), lease_until = clock_timestamp() + r.lease
     where r.id = beat.runtime;
     renewed := found;
-    select coalesce(array_agg(a.job), '{}') into cancels
+    select count(*), coalesce(array_agg(a.job) filter (where a.cancel_requested_at is not null), '{}')
+    into held, cancels
     from notifyq.active a
-    where a.runtime = beat.runtime
-    and a.cancel_requested_at is not null;
+    where a.runtime = beat.runtime;
     select coalesce(array_agg(n.queue) filter (where n.standing or n.due <= clock_timestamp()), '{}'),
         coalesce(jsonb_object_agg(n.queue, extract(epoch from n.due - clock_timestamp())) filter (where n.due is not null), '{}')
     into ready, due_in

@@ -29,7 +29,7 @@ class Batcher(Generic[T]):
         self._items: list[T] = []
         self._bell = Bell()
         self._flushed = trio.lowlevel.ParkingLot()
-        self._in_flight = 0
+        self._in_flight: list[T] = []
         self._flushing = trio.Lock()
 
     def put(self, item: T) -> None:
@@ -40,7 +40,11 @@ class Batcher(Generic[T]):
     @property
     def backlog(self) -> int:
         """Items that have not been flushed."""
-        return len(self._items) + self._in_flight
+        return len(self._in_flight) + len(self._items)
+
+    def pending(self) -> list[T]:
+        """Items that have not been flushed, in order."""
+        return self._in_flight + self._items
 
     async def wait_backlog_below(self, limit: int) -> None:
         """Wait until fewer than ``limit`` items are unflushed."""
@@ -64,7 +68,7 @@ class Batcher(Generic[T]):
             batch, self._items = self._items[: self._limit], self._items[self._limit :]
             if self._items:
                 self._bell.ring()
-            self._in_flight = len(batch)
+            self._in_flight = batch
             try:
                 if batch:
                     await self._flush(batch)
@@ -73,5 +77,5 @@ class Batcher(Generic[T]):
                 self._bell.ring()
                 raise
             finally:
-                self._in_flight = 0
+                self._in_flight = []
                 self._flushed.unpark_all()

@@ -61,6 +61,7 @@ class Listener:
         self._events = events
         self._channels: dict[str, Callable[[str], object]] = {}
         self._connected: list[Callable[[], object]] = []
+        self._disconnected: list[Callable[[], object]] = []
         self._interests: Counter[int] = Counter()
         self._interests_held: set[int] = set()
         self._taking_interest = trio.Lock()
@@ -76,6 +77,10 @@ class Listener:
     def on_connected(self, callback: Callable[[], object]) -> None:
         """Call back whenever listening has begun (again): what was notified before it was not heard."""
         self._connected.append(callback)
+
+    def on_disconnected(self, callback: Callable[[], object]) -> None:
+        """Call back whenever the connection broke, or was silent for too long."""
+        self._disconnected.append(callback)
 
     def add_channel(self, channel: str, heard: Callable[[str], object]) -> None:
         """Hear a channel from the next connect on. ``heard`` gets each payload, in the event loop."""
@@ -159,6 +164,9 @@ class Listener:
                     slow = isinstance(error, trio.TooSlowError)
                     self._events.emit(ListenerDown(f"no answer within {CALL_TIMEOUT:g} s" if slow else str(error)))
             finally:
+                if self.up:
+                    for callback in self._disconnected:
+                        callback()
                 self.up = False
                 self._interests_held.clear()
                 self._refuse_calls()

@@ -178,6 +178,7 @@ class Beat:
     """What ``beat()`` told: see ``sql/functions/60_lease.sql``."""
 
     renewed: bool
+    held: int
     cancels: list[int]
     ready: list[int]
     due_in: dict[str, float]

@@ -121,13 +121,13 @@ class Pool:
             else:
                 self._opener.putconn(connection.opened)
             if not fit:
-                self._distrust()
+                self.distrust()
             self._return_unused()
         finally:
             self._permits.release()
 
-    def _distrust(self) -> None:
-        """One connection broke: those that rest are of the same time, and most likely broken, too."""
+    def distrust(self) -> None:
+        """Close what is at rest: a connection broke, or is silent, and these are of the same time."""
         while self._resting:
             _since, connection = self._resting.pop()
             connection.opened.close()

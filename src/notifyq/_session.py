@@ -124,6 +124,7 @@ class Session:
                 self._listener.on_connected(worker.claimer.look_again)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
             self._listener.on_connected(self._look_what_is_held)
+            self._listener.on_disconnected(self._pool.distrust)
             # If this fails, maintenance makes up for it, and the default leaf takes the rows until then.
             with contextlib.suppress(NotifyqError):
                 await self._store.make_leaves(connection)
@@ -235,7 +236,8 @@ class Session:
                 worker.claimer.poll()
             if (due_in := beat.due_in.get(str(worker.info.number))) is not None:
                 worker.claimer.due_in(due_in)
-        if self._strays or any(worker.claim_failed for worker in self._workers):
+        # More held than known: on its way to or from here, or the answer to a claim was lost.
+        if self._strays or self._reconnected or beat.held > len(self._known()):
             self._doubt.ring()
 
     def _lose(self) -> None:
@@ -253,17 +255,12 @@ class Session:
             await self._doubt.wait()
             self._doubt.clear()
             before = self._known()
-            if not (before or self._strays or any(worker.claim_failed for worker in self._workers)):
-                continue
-            for worker in self._workers:
-                worker.claim_failed = False
             reconnected, self._reconnected = self._reconnected, False
             try:
                 async with self._pool.connection() as connection:
                     held = await self._store.held(connection, self._id)
             except (NotifyqError, psycopg.Error):
-                self._reconnected |= reconnected
-                self._workers[0].claim_failed = True  # again after the next beat
+                self._reconnected |= reconnected  # again after the next beat
                 continue
             if reconnected:
                 # The server may have forgotten a claim that was not flushed, or be another one: those jobs run again.
@@ -276,7 +273,8 @@ class Session:
             self._strays = strays - self._strays
 
     def _known(self) -> set[tuple[int, int]]:
-        return set().union(*(worker.known() for worker in self._workers))
+        """The attempts that wait, run, or have ended and are not settled yet, as (job, attempt)."""
+        return self._settler.unsettled().union(*(worker.known() for worker in self._workers))
 
     # control requests
 

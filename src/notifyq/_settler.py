@@ -59,6 +59,10 @@ class Settler:
         """Take an outcome; never waits."""
         self._batcher.put((outcome, queue))
 
+    def unsettled(self) -> set[tuple[int, int]]:
+        """The attempts whose outcome is not written yet, as (job, attempt)."""
+        return {(outcome.job_id, outcome.attempt) for outcome, _queue in self._batcher.pending()}
+
     async def wait_room(self) -> None:
         """Wait while too many outcomes are not written yet."""
         if self._batcher.backlog >= BACKLOG_MAX:

@@ -284,7 +284,9 @@ class Store:
         )
 
     async def beat(self, connection: TrioConnection, runtime: UUID, queues: Sequence[int]) -> Beat:
-        statement: LiteralString = "select renewed, cancels, ready, due_in, lapse_in from {s}.beat($1::uuid, $2::int[])"
+        statement: LiteralString = (
+            "select renewed, held, cancels, ready, due_in, lapse_in from {s}.beat($1::uuid, $2::int[])"
+        )
         return Beat(*await self._calls.row(connection, statement, runtime, queues))
 
     async def stop(self, connection: TrioConnection, runtime: UUID) -> None:

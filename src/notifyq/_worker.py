@@ -58,7 +58,6 @@ class QueueWorker:
         self._runtime = runtime
         self._settler = settler
         self._turn = turn
-        self.claim_failed = False
         self.claimer = Claimer(
             queue.name,
             capacity=worker.concurrency * worker.batch_size,
@@ -141,13 +140,9 @@ class QueueWorker:
     async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
         async with self._turn, self._pool.connection() as connection:
             lease_number = self._before_claim()
-            try:
-                jobs = await self._store.claim(
-                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
-                )
-            except BaseException:
-                self.claim_failed = True
-                raise
+            jobs = await self._store.claim(
+                connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
+            )
         return self._still_ours(jobs, lease_number)
 
     def _claim_at_once(self, how_many: int, answered: Callable[[list[Claimed] | Exception], None]) -> bool:
@@ -157,11 +152,9 @@ class QueueWorker:
         lease_number = self._before_claim()
 
         def heard(answer: list[Any] | Exception) -> None:
-            if isinstance(answer, Exception):
-                self.claim_failed = True
-                answered(answer)
-            else:
-                answered(self._still_ours([Claimed(*row) for row in answer], lease_number))
+            if not isinstance(answer, Exception):
+                answer = self._still_ours([Claimed(*row) for row in answer], lease_number)
+            answered(answer)
 
         return self._listener.ask(self._bound, heard)
 
@@ -176,8 +169,7 @@ class QueueWorker:
     def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
         """What a claim brought, less what was lost or cancelled while it was under way."""
         if lease_number != self._lease_number:
-            self.claim_failed = True
-            return []
+            return []  # the beat will find that we hold them, and they are released
         if self._cancelled:
             for job in jobs:
                 if job.id in self._cancelled:

@@ -9,6 +9,7 @@ import psycopg
 import psycopg_pool
 import pytest
 import trio
+import trio.testing
 from psycopg.pq import TransactionStatus
 
 from notifyq import _connection, testing
@@ -179,12 +180,71 @@ async def test_no_server_is_connection_lost_in_the_stated_time(tmp_path):
                 pass
 
 
-async def test_the_pool_sets_read_committed_whatever_the_database_says(dsn, connection):
+async def test_connections_are_in_read_committed_whatever_the_database_says(dsn, connection):
     await connection.execute(
         f"alter database {connection.info.dbname} set default_transaction_isolation = 'serializable'".encode()
     )
     async with Pool(dsn, size=1, connect_timeout=10) as pool, pool.connection() as lent:
         assert await value(lent, "show transaction_isolation") == "read committed"
+    async with await open_connection(dsn) as opened:
+        assert await value(opened, "show transaction_isolation") == "read committed"
+
+
+async def received(connection: TrioConnection) -> object:
+    while (rows := connection.received()) is None:
+        await connection.wait_input()
+    return rows
+
+
+async def test_a_prepared_statement_is_sent_without_waiting_when_the_connection_is_free(connection):
+    statement = "select $1::int / $2::int"
+    assert connection.received() is None
+    assert not connection.send(statement, [b"6", b"2"])  # not prepared
+    await connection.fetch(statement, [b"6", b"2"])
+    assert not connection.send(statement, [b"6", b"2"])  # nor after one execution
+    await connection.prepare(statement)
+    with trio.fail_after(10):
+        async with connection.lock:
+            assert not connection.send(statement, [b"6", b"2"])
+        for _ in range(3):
+            assert connection.send(statement, [b"6", b"2"])
+            assert not connection.send(statement, [b"8", b"2"])  # one at a time
+            assert await received(connection) == [(3,)]
+            assert connection.send(statement, [b"6", b"0"])
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                await received(connection)
+            assert await connection.fetch(statement, [b"6", b"2"]) == [(3,)]
+
+
+async def test_nobody_gets_a_connection_between_a_statement_that_was_sent_and_its_answer(connection):
+    statement = "select $1::int"
+    await connection.prepare(statement)
+    async with trio.open_nursery() as nursery:
+        assert connection.send(statement, [b"1"])
+        answers: list[object] = []
+
+        async def fetch() -> None:
+            answers.append(await connection.fetch(statement, [b"2"]))
+
+        nursery.start_soon(fetch)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert answers == []
+        with trio.fail_after(10):
+            assert await received(connection) == [(1,)]
+    assert answers == [[(2,)]]
+
+
+async def test_a_statement_sent_on_a_connection_that_broke_fails(connection, other):
+    statement = "select $1::int"
+    await connection.prepare(statement)
+    await other.execute("select pg_terminate_backend(%s)", (connection.info.backend_pid,))
+
+    async def ask_until_told() -> None:
+        while True:  # the first one may go out before the end of the connection is known here
+            await received(connection) if connection.send(statement, [b"1"]) else await connection.wait_input()
+
+    with trio.fail_after(10), pytest.raises(psycopg.OperationalError):
+        await ask_until_told()
 
 
 async def test_what_an_abandoned_thread_returns_is_undone():

@@ -880,3 +880,147 @@ async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, m
         await seen.wait(events.RuntimeStopped, seconds=2)
     finally:
         sends = False
+
+
+# claims on the listening connection
+
+
+async def until_it_claims_there(nq: notifyq.Client, queue: Queue[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send until a claim went over the listening connection: the first ones, when all is new, take too long for that."""
+    asked: list[bool] = []
+    ask = Listener.ask
+
+    def noted(self: Listener, *arguments: Any) -> bool:
+        asked.append(ask(self, *arguments))
+        return asked[-1]
+
+    with monkeypatch.context() as patch, trio.fail_after(10):
+        patch.setattr(Listener, "ask", noted)
+        while True not in asked:
+            await nq.result(await nq.send(queue, -1))
+            await idle()
+
+
+async def test_jobs_claimed_at_once_that_find_no_slot_in_time_are_handed_back(start, nq):
+    queue = Queue("q", int, int)
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.batch_worker(batch_size=4, poll_interval=HOUR)
+    async def work(jobs: list[Job[int]]) -> None:
+        running.set()
+        await gate.wait()
+
+    seen = await start(queue, lease=HOUR)
+    await idle()
+    await nq.send(queue, 0)
+    await running.wait()
+    await idle()
+    waiting = await nq.send_many(queue, [1, 2])
+    await seen.wait(JobClaimed, 3 + 2)  # both once more, after they were handed back
+    assert {event.job_id for event in seen.of(JobClaimed)[1:]} == {job.id for job in waiting}
+    gate.set()
+    await seen.wait(JobCompleted, 3)
+    assert [(await nq.get(job)).attempt for job in waiting] == [1, 1]
+
+
+@pytest.mark.parametrize("retry_limit", [0, 2])
+async def test_a_claim_under_way_on_a_listening_connection_that_breaks_is_made_up_for(
+    start, nq, connection, monkeypatch, retry_limit
+):
+    queue = Queue("q", int, int, retry_limit=retry_limit)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    seen = await start(queue, lease=1.0)
+    await until_it_claims_there(nq, queue, monkeypatch)
+    pids = (
+        "select array_agg(pid) from pg_stat_activity where application_name = 'notifyq listener' and wait_event_type {}"
+    )
+    async with connection.transaction():
+        await connection.execute("lock table notifyq.active in exclusive mode")
+        sent = await nq.send(queue, 1)
+        [pid] = await until(lambda: value(connection, pids.format("= 'Lock'")))
+        assert await value(connection, "select pg_terminate_backend(%s)", pid)
+        await seen.wait(events.ListenerDown)
+    with trio.fail_after(10):
+        assert await nq.result(sent) == 1
+    [trouble, *_] = seen.of(events.ServerTrouble)
+    assert trouble.part == "claim"
+
+
+async def test_a_claim_that_is_held_up_does_not_hold_up_the_listening_connection_for_long(
+    start, nq, connection, monkeypatch
+):
+    monkeypatch.setattr("notifyq._listener.CALL_TIMEOUT", 0.5)
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    seen = await start(queue, lease=3.0)
+    await until_it_claims_there(nq, queue, monkeypatch)
+    async with connection.transaction():
+        await connection.execute("lock table notifyq.active in exclusive mode")
+        sent = await nq.send(queue, 1)
+        await seen.wait(events.ListenerDown)
+        await seen.wait(events.ListenerUp, 2)
+        await idle()  # what is held has been looked at; the claim that nobody awaits any longer comes later
+    with trio.fail_after(20):
+        assert await nq.result(sent) == 1
+    assert seen.of(events.LeaseGivenUp) == []
+
+
+async def test_beats_wait_for_a_claim_that_takes_a_moment(start, nq, connection, monkeypatch):
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    seen = await start(queue, lease=1.0)
+    await until_it_claims_there(nq, queue, monkeypatch)
+    async with connection.transaction():
+        await connection.execute("lock table notifyq.active in exclusive mode")
+        sent = await nq.send(queue, 1)
+        await trio.sleep(1.2)  # two or three beats
+    with trio.fail_after(10):
+        assert await nq.result(sent) == 1
+    await idle()
+    assert seen.of(events.ListenerDown) == []
+
+
+async def test_a_claim_is_refused_in_words_when_the_lease_is_gone(start, nq, connection, monkeypatch):
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    seen = await start(queue, lease=3.0)
+    await until_it_claims_there(nq, queue, monkeypatch)
+    await connection.execute("delete from notifyq.runtime")
+    sent = await nq.send(queue, 1)
+    with trio.fail_after(20):
+        assert await nq.result(sent) == 1
+    assert len(seen.of(events.LeaseGivenUp)) == 1
+
+
+async def test_data_nested_too_deeply_for_python_fails_its_own_job_and_no_other(start, nq, connection):
+    queue = Queue("q", Any, int)
+
+    @queue.worker
+    async def work(job: Job[Any]) -> int:
+        return int(job.data)
+
+    await nq.create_queue(queue)
+    deep = await value(connection, "select notifyq.send('q', (repeat('[', 3000) || repeat(']', 3000))::jsonb)")
+    plain = await nq.send(queue, 7)
+    seen = await start(queue)
+    await seen.wait(JobCompleted)
+    await seen.wait(JobFailed)
+    assert await nq.result(plain) == 7
+    assert await value(connection, "select type from notifyq.attempt where job = %s", deep) == "data_invalid"
