@@ -246,8 +246,9 @@ class Session:
             worker.lose_all()
 
     def _look_what_is_held(self) -> None:
-        self._reconnected = True
-        self._doubt.ring()
+        if self._known():
+            self._reconnected = True
+            self._doubt.ring()
 
     async def _reconcile(self) -> None:
         """Compare what the database says we hold with what we know, when there is doubt, until cancelled."""
