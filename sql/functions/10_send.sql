@@ -98,10 +98,29 @@ declare
     q notifyq.queue;
     due timestamptz;
 begin
-    select * into q from notifyq.queue s where s.name = try_send.queue;
-    if not found then
-        q := notifyq.queue_named(try_send.queue);
+    -- Data and nothing else, the usual case, in one query: every query and every expression is paid for
+    -- by each send. What this does not send is left to what follows, which says why.
+    if num_nonnulls(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay, try_send.retry_delay_max,
+        try_send.retry_backoff, try_send.timeout, try_send.expire_in, try_send.headers, try_send.id_key) = 0
+    then
+        with job as (
+            insert into notifyq.job (queue, data, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at)
+            select s.number, try_send.data, s.priority, s.retry_limit, s.retry_delay, s.retry_delay_max, s.retry_backoff, s.timeout, now() + s.expire_in
+            from notifyq.queue s
+            where s.name = try_send.queue
+            and (octet_length(try_send.data::text) > s.max_data_bytes) is not true
+            returning id, queue, priority
+        )
+        insert into notifyq.ready (queue, priority, number, job)
+        select job.queue, job.priority, job.id, job.id
+        from job
+        returning job, true into try_send.id, try_send.created;
+        if found then
+            return;
+        end if;
     end if;
+
+    q := notifyq.queue_named(try_send.queue);
     if num_nonnulls(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay, try_send.retry_delay_max,
         try_send.timeout, try_send.expire_in) > 0
     then

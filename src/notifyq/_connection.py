@@ -87,7 +87,9 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             await cursor.execute(statement.encode(), [None if text is None else text.decode() for text in parameters])
             return await cursor.fetchall()
         async with self.lock:
-            known = await self._known(statement)
+            known = self._statements.get(statement)
+            if known is None or known.name is None:
+                known = await self._known(statement)
             if known.name is None:
                 self.pgconn.send_query_params(statement.encode(), parameters)
             else:
@@ -97,15 +99,14 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     async def prepare(self, statement: str) -> None:
         """Prepare a statement for ``send``, and for ``fetch``."""
         async with self.lock:
-            await self._known(statement, at_once=True)
+            await self._known(statement)  # the first time it is only noted
+            await self._known(statement)
 
-    async def _known(self, statement: str, *, at_once: bool = False) -> _Statement:
+    async def _known(self, statement: str) -> _Statement:
         known = self._statements.get(statement)
         if known is None:
             known = self._statements[statement] = _Statement(Transformer(self))
-            if not at_once:
-                return known
-        if known.name is None and self.prepare_threshold is not None:
+        elif known.name is None and self.prepare_threshold is not None:
             name = b"notifyq_%d" % next(self._numbers)
             self.pgconn.send_prepare(name, statement.encode())
             await self._result()
