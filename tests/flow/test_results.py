@@ -326,7 +326,9 @@ async def test_a_result_that_came_while_the_listener_was_down_is_found(nq, conne
             await trio.testing.wait_all_tasks_blocked(0.2)
             [pid] = await value(connection, LISTENERS)
             with psycopg.connect(dsn, autocommit=True) as blocking:  # at once: nothing else here gets a turn
-                blocking.execute("select pg_terminate_backend(%s, 5000)", (pid,))
+                blocking.execute("select pg_terminate_backend(%s)", (pid,))
+                while blocking.execute("select from pg_stat_activity where pid = %s", (pid,)).fetchone():
+                    pass
                 [job, *_] = blocking.execute("select id from notifyq.claim('q')").fetchone()
                 blocking.execute("select notifyq.complete(%s::bigint, '10')", (job,))
     assert results == [10]

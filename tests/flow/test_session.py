@@ -885,20 +885,13 @@ async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, m
 # claims on the listening connection
 
 
-async def until_it_claims_there(nq: notifyq.Client, queue: Queue[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send until a claim went over the listening connection: the first ones, when all is new, take too long for that."""
-    asked: list[bool] = []
-    ask = Listener.ask
-
-    def noted(self: Listener, *arguments: Any) -> bool:
-        asked.append(ask(self, *arguments))
-        return asked[-1]
-
-    with monkeypatch.context() as patch, trio.fail_after(10):
-        patch.setattr(Listener, "ask", noted)
-        while True not in asked:
-            await nq.result(await nq.send(queue, -1))
-            await idle()
+async def until_it_would_claim_there(monkeypatch: pytest.MonkeyPatch, connection: TrioConnection) -> None:
+    """Until the listening connection has just been used for a beat and is free; no claim is too slow for it."""
+    monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", HOUR)
+    beat_at = "select max(beat_at) from notifyq.runtime"
+    last = await value(connection, beat_at)
+    await until(lambda: value(connection, f"select ({beat_at}) > %s", last))
+    await idle()
 
 
 async def test_jobs_claimed_at_once_that_find_no_slot_in_time_are_handed_back(start, nq):
@@ -935,7 +928,7 @@ async def test_a_claim_under_way_on_a_listening_connection_that_breaks_is_made_u
         return job.attempt
 
     seen = await start(queue, lease=1.0)
-    await until_it_claims_there(nq, queue, monkeypatch)
+    await until_it_would_claim_there(monkeypatch, connection)
     pids = (
         "select array_agg(pid) from pg_stat_activity where application_name = 'notifyq listener' and wait_event_type {}"
     )
@@ -962,7 +955,7 @@ async def test_a_claim_that_is_held_up_does_not_hold_up_the_listening_connection
         return job.attempt
 
     seen = await start(queue, lease=3.0)
-    await until_it_claims_there(nq, queue, monkeypatch)
+    await until_it_would_claim_there(monkeypatch, connection)
     async with connection.transaction():
         await connection.execute("lock table notifyq.active in exclusive mode")
         sent = await nq.send(queue, 1)
@@ -982,7 +975,7 @@ async def test_beats_wait_for_a_claim_that_takes_a_moment(start, nq, connection,
         return job.attempt
 
     seen = await start(queue, lease=1.0)
-    await until_it_claims_there(nq, queue, monkeypatch)
+    await until_it_would_claim_there(monkeypatch, connection)
     async with connection.transaction():
         await connection.execute("lock table notifyq.active in exclusive mode")
         sent = await nq.send(queue, 1)
@@ -1001,7 +994,7 @@ async def test_a_claim_is_refused_in_words_when_the_lease_is_gone(start, nq, con
         return job.attempt
 
     seen = await start(queue, lease=3.0)
-    await until_it_claims_there(nq, queue, monkeypatch)
+    await until_it_would_claim_there(monkeypatch, connection)
     await connection.execute("delete from notifyq.runtime")
     sent = await nq.send(queue, 1)
     with trio.fail_after(20):
