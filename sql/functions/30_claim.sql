@@ -200,6 +200,10 @@ begin
             from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) t (job, number, attempt)
             where not exists (select from notifyq.active a where a.job = t.job)
         ));
+        -- Fewer than were asked for looks like there are no more: who claims is told to look again.
+        if cardinality(jobs) >= claim.how_many then
+            perform pg_notify(notifyq.channel(n), 'look');
+        end if;
     end if;
 end
 $$;

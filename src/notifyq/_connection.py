@@ -140,8 +140,9 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 self._received = result
                 continue
             sent, self._sent = self._sent, None
+            answer, self._received = self._received, None
             self.lock.release()
-            return sent.load(self._checked(self._received))
+            return sent.load(self._checked(answer))
         return None
 
     async def _result(self) -> pq.abc.PGresult:
@@ -157,10 +158,14 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             raise error
         return result
 
+    async def cancel_query(self) -> None:
+        """Ask the server to cancel what runs; whoever waits for that gets the error. Raises psycopg's errors."""
+        await trio.to_thread.run_sync(self.opened.cancel_safe, abandon_on_cancel=True)
+
     async def _end_query(self, step: _Step) -> None:
         if self.pgconn.pipeline_status == PipelineStatus.OFF:
             with trio.move_on_after(self.cancel_grace, shield=True), contextlib.suppress(psycopg.Error):
-                await trio.to_thread.run_sync(self.opened.cancel_safe, abandon_on_cancel=True)
+                await self.cancel_query()
                 await step.finish()
         if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
             self.pgconn.finish()

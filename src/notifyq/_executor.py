@@ -119,8 +119,9 @@ class Executor:
                 self._stop(run, "cancel")
 
     def running(self) -> set[tuple[int, int]]:
-        """The attempts that run here, as (job, attempt)."""
-        return {(job.id, job.attempt) for run in self._runs.values() for job in run.jobs}
+        """The attempts that run here, as (job, attempt), but those that are no longer ours."""
+        ours = (run for run in self._runs.values() if not run.given_up and run.reason != "lost")
+        return {(job.id, job.attempt) for run in ours for job in run.jobs}
 
     def together(self, job_id: int) -> list[Job[Any]]:
         """The running jobs of the call that handles this one, itself among them; none if it does not run here."""
@@ -175,16 +176,13 @@ class Executor:
                 rested = trio.current_time()
 
     async def _run(self, batch: list[Claimed]) -> list[Outcome]:
-        outcomes: list[Outcome] = []
         jobs = []
         for claimed in batch:
             try:
                 jobs.append(job_of(claimed, self._queue, self._handle))
             except InvalidData as error:
-                outcomes.append(data_invalid(claimed.id, claimed.attempt, error))
-        if jobs:
-            outcomes.extend(await self._run_jobs(jobs))
-        return outcomes
+                self._settle(data_invalid(claimed.id, claimed.attempt, error), self._queue.name)
+        return await self._run_jobs(jobs) if jobs else []
 
     async def _run_jobs(self, jobs: list[Job[Any]]) -> list[Outcome]:
         started = trio.current_time()

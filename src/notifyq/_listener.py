@@ -163,10 +163,10 @@ class Listener:
                 if self.up or failures == 0:
                     slow = isinstance(error, trio.TooSlowError)
                     self._events.emit(ListenerDown(f"no answer within {CALL_TIMEOUT:g} s" if slow else str(error)))
-            finally:
                 if self.up:
                     for callback in self._disconnected:
                         callback()
+            finally:
                 self.up = False
                 self._interests_held.clear()
                 self._refuse_calls()
@@ -230,10 +230,7 @@ class Listener:
         self._connected_to = connection
         while True:
             while self._calls:
-                with trio.fail_after(CALL_TIMEOUT):
-                    while self._answered is not None:
-                        await connection.wait_input()
-                        self._hear_answer(connection)
+                await self._await_answer(connection)
                 await self._run_call(connection, self._calls[0])
                 self._calls.popleft()
             with trio.CancelScope() as self._waiting:
@@ -243,6 +240,20 @@ class Listener:
                         self._hear_answer(connection)
                 finally:
                     self._waiting = None
+
+    async def _await_answer(self, connection: TrioConnection) -> None:
+        """Before a call: what was asked and is held up is cancelled on the server, so that it is not done later unheard."""
+        with trio.fail_after(CALL_TIMEOUT):
+            with trio.move_on_after(CALL_TIMEOUT / 2):
+                await self._hear_out(connection)
+            if self._answered is not None:
+                await connection.cancel_query()
+                await self._hear_out(connection)
+
+    async def _hear_out(self, connection: TrioConnection) -> None:
+        while self._answered is not None:
+            await connection.wait_input()
+            self._hear_answer(connection)
 
     def _hear_answer(self, connection: TrioConnection) -> None:
         if self._answered is None:

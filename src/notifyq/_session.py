@@ -91,7 +91,7 @@ class Session:
         self._turn = QuickLock()
         self._doubt = Bell()
         self._reconnected = False
-        self._strays: set[tuple[int, int]] = set()
+        self._strays: dict[tuple[int, int], float] = {}
         self._grace = trio.CancelScope()
         self.client = Client(handlers, store, listener, None)
 
@@ -255,7 +255,7 @@ class Session:
         while True:
             await self._doubt.wait()
             self._doubt.clear()
-            before = self._known()
+            before = self._at_work()
             reconnected, self._reconnected = self._reconnected, False
             try:
                 async with self._pool.connection() as connection:
@@ -267,15 +267,22 @@ class Session:
                 # The server may have forgotten a claim that was not flushed, or be another one: those jobs run again.
                 for worker in self._workers:
                     worker.lose(before - held)
-            # Held by us but unknown here at two looks in a row: the answer to a claim was lost.
-            strays = held - self._known()
-            for job, attempt in strays & self._strays:
-                self._settler.put(Released(job, attempt), "")
-            self._strays = strays - self._strays
+            # Held by us but unknown here at two looks, and no claim from before the first is under way any longer:
+            # the answer to a claim was lost.
+            now = trio.current_time()
+            oldest_claim = min(worker.claiming_since for worker in self._workers)
+            strays = {attempt: self._strays.get(attempt, now) for attempt in held - self._known()}
+            for (job, attempt), seen in strays.items():
+                if seen < min(now, oldest_claim):
+                    self._settler.put(Released(job, attempt), "")
+            self._strays = strays
 
     def _known(self) -> set[tuple[int, int]]:
         """The attempts that wait, run, or have ended and are not settled yet, as (job, attempt)."""
-        return self._settler.unsettled().union(*(worker.known() for worker in self._workers))
+        return self._at_work() | self._settler.unsettled()
+
+    def _at_work(self) -> set[tuple[int, int]]:
+        return set().union(*(worker.known() for worker in self._workers))
 
     # control requests
 

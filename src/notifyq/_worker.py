@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -82,6 +83,8 @@ class QueueWorker:
         self._started = False
         self._stopped = trio.Event()
         self._lease_number = 0
+        self.claiming_since = math.inf
+        """When the claim that is under way on a connection of the pool was sent, on ``trio.current_time()``'s clock."""
         self._durably = info.retry_limit == 0
         self._cancelled: Collection[int] = ()
         self._bound_for = 1
@@ -140,9 +143,13 @@ class QueueWorker:
     async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
         async with self._turn, self._pool.connection() as connection:
             lease_number = self._before_claim()
-            jobs = await self._store.claim(
-                connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
-            )
+            self.claiming_since = trio.current_time()
+            try:
+                jobs = await self._store.claim(
+                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
+                )
+            finally:
+                self.claiming_since = math.inf
         return self._still_ours(jobs, lease_number)
 
     def _claim_at_once(self, how_many: int, answered: Callable[[list[Claimed] | Exception], None]) -> bool:
@@ -169,13 +176,15 @@ class QueueWorker:
     def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
         """What a claim brought, less what was lost or cancelled while it was under way."""
         if lease_number != self._lease_number:
-            return []  # the beat will find that we hold them, and they are released
-        if self._cancelled:
+            ours = []  # the beat will find that we hold them, and they are released
+        else:
+            ours = [job for job in jobs if job.id not in self._cancelled]
             for job in jobs:
                 if job.id in self._cancelled:
                     self._discard(job)
-            jobs = [job for job in jobs if job.id not in self._cancelled]
-        return jobs
+        if len(ours) < len(jobs):
+            self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
+        return ours
 
     async def _next_due(self) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:
