@@ -30,10 +30,11 @@ _CLAIMED: LiteralString = (
 _CLAIM: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, make_interval(secs => $4), $5::smallint[], $6::bigint[]) c"
 )
+_CLAIM_AT_ONCE: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c"
 # The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
-_CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace(
-    "$2", "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
-)
+_UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
+_CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace("$2", _UNFLUSHED)
+_CLAIM_AT_ONCE_UNFLUSHED: LiteralString = _CLAIM_AT_ONCE.replace("$2", _UNFLUSHED)
 _SEND: LiteralString = send_call("{s}.try_send", "${}")
 _SEND_PLAIN: LiteralString = "select * from {s}.try_send($1::text, $2::jsonb)"
 Operation = Literal["cancel", "retry", "resume", "delete"]
@@ -122,7 +123,7 @@ class Store:
 
     def bind_claim(self, queue: str, how_many: int, runtime: UUID, *, durably: bool) -> Bound:
         """A claim from the beginning, to be sent without waiting; its rows are those of ``Claimed``."""
-        return self._calls.bind(_CLAIM if durably else _CLAIM_UNFLUSHED, queue, how_many, runtime, None, None, None)
+        return self._calls.bind(_CLAIM_AT_ONCE if durably else _CLAIM_AT_ONCE_UNFLUSHED, queue, how_many, runtime)
 
     async def complete(
         self,
