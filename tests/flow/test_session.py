@@ -1088,3 +1088,36 @@ async def test_data_nested_too_deeply_for_python_fails_its_own_job_and_no_other(
     await seen.wait(JobFailed)
     assert await nq.result(plain) == 7
     assert await value(connection, "select type from notifyq.attempt where job = %s", deep) == "data_invalid"
+
+
+async def test_a_claim_whose_job_was_cancelled_on_the_way_does_not_look_like_the_last(start, nq, monkeypatch):
+    queue = Queue("q", int, int)
+
+    @queue.worker(concurrency=1, poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    workers: list[QueueWorker] = []
+    cancelled: list[int] = []
+    before_claim, claim = QueueWorker._before_claim, Store.claim
+
+    def noted(self: QueueWorker) -> int:
+        workers.append(self)
+        return before_claim(self)
+
+    async def cancelled_meanwhile(self: Store, *arguments: Any, **options: Any) -> Any:
+        jobs = await claim(self, *arguments, **options)
+        if jobs and not cancelled:
+            cancelled.append(jobs[0].id)
+            workers[0].cancel(cancelled)  # as a beat would tell it
+        return jobs
+
+    monkeypatch.setattr(QueueWorker, "_before_claim", noted)
+    monkeypatch.setattr(Store, "claim", cancelled_meanwhile)
+    await nq.create_queue(queue)
+    first, second = await nq.send_many(queue, [1, 2])
+    seen = await start(queue, lease=HOUR)
+    await seen.wait(JobCompleted)
+    await seen.wait(JobCancelled)
+    assert cancelled == [first.id]
+    assert await nq.result(second) == 2
