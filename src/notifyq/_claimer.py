@@ -100,7 +100,7 @@ class Claimer:
     # what others call
 
     def heard(self, payload: str) -> None:
-        """A notification of the queue's channel: ``r:<priority>:<number>`` or ``d:<epoch seconds>``."""
+        """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<epoch seconds>`` or ``look``."""
         kind, _, rest = payload.partition(":")
         asked = kind == "r" and self._ask()  # what follows can wait, a job that is to start cannot
         try:

@@ -175,16 +175,15 @@ class QueueWorker:
 
     def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
         """What a claim brought, less what was lost or cancelled while it was under way."""
+        if lease_number == self._lease_number and not self._cancelled:
+            return jobs
+        self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
         if lease_number != self._lease_number:
-            ours = []  # the beat will find that we hold them, and they are released
-        else:
-            ours = [job for job in jobs if job.id not in self._cancelled]
-            for job in jobs:
-                if job.id in self._cancelled:
-                    self._discard(job)
-        if len(ours) < len(jobs):
-            self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
-        return ours
+            return []  # the beat will find that we hold them, and they are released
+        for job in jobs:
+            if job.id in self._cancelled:
+                self._discard(job)
+        return [job for job in jobs if job.id not in self._cancelled]
 
     async def _next_due(self) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:

@@ -886,13 +886,29 @@ async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, m
 # claims on the listening connection
 
 
-async def until_it_would_claim_there(monkeypatch: pytest.MonkeyPatch, connection: TrioConnection) -> None:
-    """Until the listening connection has just been used for a beat and is free; no claim is too slow for it."""
-    monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", HOUR)
+async def next_beat(connection: TrioConnection) -> None:
+    """Until the runtime has beaten once more."""
     beat_at = "select max(beat_at) from notifyq.runtime"
     last = await value(connection, beat_at)
     await until(lambda: value(connection, f"select ({beat_at}) > %s", last))
+
+
+async def until_it_would_claim_there(monkeypatch: pytest.MonkeyPatch, connection: TrioConnection) -> None:
+    """Until the listening connection has just been used for a beat and is free; no claim is too slow for it."""
+    monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", HOUR)
+    await next_beat(connection)
     await idle()
+
+
+def attempt_queue(**options: Any) -> Queue[int, int]:
+    """A queue whose jobs return the number of their attempt; only the bell and the due timer wake its worker."""
+    queue = Queue("q", int, int, **options)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    return queue
 
 
 async def test_jobs_claimed_at_once_that_find_no_slot_in_time_are_handed_back(start, nq):
@@ -922,12 +938,7 @@ async def test_jobs_claimed_at_once_that_find_no_slot_in_time_are_handed_back(st
 async def test_a_claim_under_way_on_a_listening_connection_that_breaks_is_made_up_for(
     start, nq, connection, monkeypatch, retry_limit
 ):
-    queue = Queue("q", int, int, retry_limit=retry_limit)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.attempt
-
+    queue = attempt_queue(retry_limit=retry_limit)
     seen = await start(queue, lease=1.0)
     await until_it_would_claim_there(monkeypatch, connection)
     pids = (
@@ -949,12 +960,7 @@ async def test_a_claim_that_is_held_up_on_the_listening_connection_is_cancelled_
     start, nq, connection, monkeypatch
 ):
     monkeypatch.setattr("notifyq._listener.CALL_TIMEOUT", 1.0)
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.attempt
-
+    queue = attempt_queue()
     seen = await start(queue, lease=3.0)
     await until_it_would_claim_there(monkeypatch, connection)
     async with connection.transaction():
@@ -969,12 +975,7 @@ async def test_a_claim_that_is_held_up_on_the_listening_connection_is_cancelled_
 
 
 async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(start, nq, connection):
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.attempt
-
+    queue = attempt_queue()
     await start(queue, lease=1.0)
     await idle()
     async with connection.transaction():  # as by a claim whose answer nobody heard
@@ -1040,18 +1041,14 @@ async def test_a_clean_stop_says_nothing(start, nq, caplog):
 
 
 async def test_beats_wait_for_a_claim_that_takes_a_moment(start, nq, connection, monkeypatch):
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.attempt
-
+    queue = attempt_queue()
     seen = await start(queue, lease=1.0)
     await until_it_would_claim_there(monkeypatch, connection)
     async with connection.transaction():
         await connection.execute("lock table notifyq.active in exclusive mode")
         sent = await nq.send(queue, 1)
-        await trio.sleep(1.2)  # two or three beats
+        await next_beat(connection)
+        await next_beat(connection)
     with trio.fail_after(10):
         assert await nq.result(sent) == 1
     await idle()
@@ -1059,12 +1056,7 @@ async def test_beats_wait_for_a_claim_that_takes_a_moment(start, nq, connection,
 
 
 async def test_a_claim_is_refused_in_words_when_the_lease_is_gone(start, nq, connection, monkeypatch):
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.attempt
-
+    queue = attempt_queue()
     seen = await start(queue, lease=3.0)
     await until_it_would_claim_there(monkeypatch, connection)
     await connection.execute("delete from notifyq.runtime")
