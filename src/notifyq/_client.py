@@ -1,21 +1,20 @@
-"""The client: sends jobs, looks at them, waits for results, works by hand, operates."""
+"""The client: sends jobs, waits for results, works by hand."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from ._codec import from_json, to_json
-from ._errors import ClientClosed, InvalidData, InvalidOption, JobFailed, LeaseLost
-from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent, State
+from ._errors import InvalidData, InvalidOption, JobFailed, LeaseLost
+from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent
+from ._operator import Operator, declared, job_id
 from ._queue import Queue, job_of
 from ._results import Results, has_finished
-from ._sql import flag, seconds, text, whole
+from ._sql import flag, seconds, whole
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable
     from datetime import timedelta
 
     from ._connection import TrioConnection
@@ -30,7 +29,7 @@ __all__ = ["Client"]
 ANY = Queue[Any, Any]
 
 
-class Client:
+class Client(Operator):
     """What ``connect`` gives. Safe to use from many tasks at once.
 
     Every call is one transaction of its own, unless you pass ``connection``. Cancelling a call rolls it back if the
@@ -39,67 +38,8 @@ class Client:
 
     def __init__(self, pool: Pool, store: Store, listener: Listener, run_listener: Callable[[], None] | None) -> None:
         """Use ``connect``. ``run_listener`` starts the listener when it is first needed; None: it is running."""
-        self._pool = pool
-        self._store = store
+        super().__init__(pool, store)
         self._results = Results(pool, store, listener, run_listener)
-        self._closed = False
-
-    @property
-    def schema(self) -> str:
-        """The schema that holds the installation."""
-        return self._store.schema
-
-    def close(self) -> None:
-        """Refuse further calls."""
-        self._closed = True
-
-    def connection(self) -> AbstractAsyncContextManager[TrioConnection]:
-        """Lend a pooled psycopg connection for an ``async with`` block, in autocommit. It must not leave the block.
-
-        Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
-        """
-        self._check_open()
-        return self._pool.connection()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClientClosed("this client is closed")
-
-    @contextlib.asynccontextmanager
-    async def transaction(self) -> AsyncIterator[TrioConnection]:
-        """Lend a connection in a transaction, for ``connection=``: the block's end commits, an exception rolls back."""
-        async with self.connection() as connection, connection.transaction():
-            yield connection
-
-    def _on(self, connection: TrioConnection | None) -> AbstractAsyncContextManager[TrioConnection]:
-        return self.connection() if connection is None else nullcontext(connection)
-
-    # queues
-
-    async def create_queue(self, queue: ANY) -> str:
-        """Make sure that a queue exists, and its dead-letter queue if that was given as a queue.
-
-        Returns ``created``, ``exists``, or ``differs: …``, which changes nothing.
-
-        Raises ``InvalidOption`` and ``UnknownQueue`` (its dead-letter queue does not exist).
-        """
-        async with self.transaction() as connection:
-            for needed in _queue(queue).with_dead_letters():
-                done = await self._store.create_queue(connection, needed.name, to_json(needed.options))
-        return done
-
-    async def update_queue(self, queue: ANY) -> None:
-        """Give the queue in the database the options declared here; jobs sent from then on inherit them."""
-        async with self.connection() as connection:
-            await self._store.update_queue(connection, _queue(queue).name, to_json(queue.options))
-
-    async def delete_queue(self, queue: ANY | str) -> int:
-        """Delete a queue with all its jobs; returns how many.
-
-        Raises ``UnknownQueue``, and ``InvalidOption`` while another queue names it as dead letter.
-        """
-        async with self.connection() as connection:
-            return await self._store.delete_queue(connection, _name(queue))
 
     # send
 
@@ -126,7 +66,7 @@ class Client:
             UnknownQueue: there is no such queue.
             ConnectionLost: it may or may not have been sent.
         """
-        text = _queue(queue).encode(data)
+        text = declared(queue).encode(data)
         async with self._on(connection) as on:
             job_id, created = await self._store.send(on, queue.name, text, options)
         return Sent(job_id, created, queue)
@@ -140,7 +80,7 @@ class Client:
         connection: TrioConnection | None = None,
     ) -> list[Sent[Out]]:
         """Send many jobs with one statement, all or none. Returns them in order; raises as ``send``."""
-        _queue(queue)
+        declared(queue)
         if isinstance(jobs, str) or not isinstance(jobs, Iterable):
             raise InvalidOption(f"jobs must be a sequence of data or NewJobs, not {jobs!a:.100}")
         entries = [
@@ -156,27 +96,7 @@ class Client:
     async def get(self, job: Sent[Any] | int) -> JobRecord:
         """Look at a job in any state. Raises ``JobNotFound``."""
         self._check_open()
-        return await self._results.look(_id(job))
-
-    async def jobs(
-        self, *, queue: ANY | str | None = None, state: str | None = None, limit: int = 50
-    ) -> list[JobRecord]:
-        """The newest jobs, of a queue or in a state. Raises ``InvalidOption`` for what is not a state."""
-        if state is not None and state not in get_args(State):
-            raise InvalidOption(f"{state!a:.100} is not a state: use one of {', '.join(get_args(State))}")
-        whole(limit, "limit", 0, 2**31 - 1)
-        async with self.connection() as connection:
-            return await self._store.jobs(connection, None if queue is None else _name(queue), state, limit)
-
-    async def queue_stats(self) -> list[dict[str, Any]]:
-        """The rows of ``notifyq.queue_stats``."""
-        async with self.connection() as connection:
-            return await self._store.view(connection, "queue_stats")
-
-    async def runtimes(self) -> list[dict[str, Any]]:
-        """The rows of ``notifyq.runtimes``."""
-        async with self.connection() as connection:
-            return await self._store.view(connection, "runtimes")
+        return await self._results.look(job_id(job))
 
     @overload
     async def result(self, job: Sent[T]) -> T: ...
@@ -217,7 +137,7 @@ class Client:
         whole(how_many, "how_many", 1, 100_000)
         hold = None if lease is None else seconds(lease, "lease")
         async with self.connection() as connection:
-            claimed = await self._store.claim(connection, _queue(queue).name, how_many, None, lease=hold)
+            claimed = await self._store.claim(connection, declared(queue).name, how_many, None, lease=hold)
             jobs = []
             for one in claimed:
                 try:
@@ -256,78 +176,8 @@ class Client:
             if not await self._store.touch(connection, job.id, more, job.attempt, None):
                 raise LeaseLost(job.id, job.attempt)
 
-    # operate
-
-    async def cancel(self, *jobs: Sent[Any] | int) -> list[int]:
-        """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "cancel", _ids(jobs))
-
-    async def retry(self, *jobs: Sent[Any] | int) -> list[int]:
-        """Give failed jobs one more attempt, at once. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "retry", _ids(jobs))
-
-    async def resume(self, *jobs: Sent[Any] | int) -> list[int]:
-        """Put cancelled jobs back in line. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "resume", _ids(jobs))
-
-    async def delete(self, *jobs: Sent[Any] | int) -> list[int]:
-        """Delete jobs in any state. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "delete", _ids(jobs))
-
-    async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
-        """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""
-        if state is not None and (not isinstance(state, str) or state not in (*get_args(State), "waiting", "finished")):
-            raise InvalidOption(f"{state!a:.100} is not a state: use waiting, finished, {', '.join(get_args(State))}")
-        async with self.connection() as connection:
-            return await self._store.delete_all(connection, _name(queue), state)
-
-    async def redrive(
-        self,
-        dead_letter: ANY | str,
-        *,
-        source: ANY | str | None = None,
-        error_type: str | None = None,
-        how_many: int | None = None,
-        preview: bool = False,
-    ) -> list[tuple[int, str, int | None]]:
-        """Send dead letters back to the queues they came from, oldest first.
-
-        Returns (id of the dead letter, queue, id of the new job); with ``preview`` nothing changes and the last is None.
-        """
-        if how_many is not None:
-            whole(how_many, "how_many", 1, 2**31 - 1)
-        if error_type is not None:
-            text(error_type, "error_type")
-        flag(preview, "preview")
-        async with self.connection() as connection:
-            return await self._store.redrive(
-                connection, _name(dead_letter), None if source is None else _name(source), error_type, how_many, preview
-            )
-
-
-def _queue(queue: Queue[In, Out]) -> Queue[In, Out]:
-    if not isinstance(queue, Queue):
-        raise InvalidOption(f"give the queue's declaration, not {queue!a:.100}: notifyq.Queue(name)")
-    return queue
-
-
-def _name(queue: ANY | str) -> str:
-    return text(queue, "queue") if isinstance(queue, str) else _queue(queue).name
-
 
 def _fetched(job: Job[Any]) -> Job[Any]:
     if not isinstance(job, Job):
         raise InvalidOption(f"give the job that fetch() returned, not {job!a:.100}")
     return job
-
-
-def _id(job: Sent[Any] | int) -> int:
-    return whole(job.id if isinstance(job, Sent) else job, "a job's id", 1, 2**63 - 1)
-
-
-def _ids(jobs: Sequence[Sent[Any] | int]) -> list[int]:
-    return [_id(job) for job in jobs]

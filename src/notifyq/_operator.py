@@ -1,0 +1,187 @@
+"""What a client does beside sending: queues, looking at jobs, operating on them."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, get_args
+
+from ._codec import to_json
+from ._errors import ClientClosed, InvalidOption
+from ._models import In, JobRecord, Out, Sent, State
+from ._queue import Queue
+from ._sql import flag, text, whole
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from ._connection import TrioConnection
+    from ._pool import Pool
+    from ._store import Store
+
+__all__ = ["Operator", "declared", "job_id", "queue_name"]
+
+ANY = Queue[Any, Any]
+
+
+class Operator:
+    """The part of ``Client`` that its other part stands on."""
+
+    def __init__(self, pool: Pool, store: Store) -> None:
+        self._pool = pool
+        self._store = store
+        self._closed = False
+
+    @property
+    def schema(self) -> str:
+        """The schema that holds the installation."""
+        return self._store.schema
+
+    def close(self) -> None:
+        """Refuse further calls."""
+        self._closed = True
+
+    def connection(self) -> AbstractAsyncContextManager[TrioConnection]:
+        """Lend a pooled psycopg connection for an ``async with`` block, in autocommit. It must not leave the block.
+
+        Entering raises ``ConnectionLost`` when none can be had in time, and ``ClientClosed``.
+        """
+        self._check_open()
+        return self._pool.connection()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("this client is closed")
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[TrioConnection]:
+        """Lend a connection in a transaction, for ``connection=``: the block's end commits, an exception rolls back."""
+        async with self.connection() as connection, connection.transaction():
+            yield connection
+
+    def _on(self, connection: TrioConnection | None) -> AbstractAsyncContextManager[TrioConnection]:
+        return self.connection() if connection is None else nullcontext(connection)
+
+    # queues
+
+    async def create_queue(self, queue: ANY) -> str:
+        """Make sure that a queue exists, and its dead-letter queue if that was given as a queue.
+
+        Returns ``created``, ``exists``, or ``differs: …``, which changes nothing.
+
+        Raises ``InvalidOption`` and ``UnknownQueue`` (its dead-letter queue does not exist).
+        """
+        async with self.transaction() as connection:
+            for needed in declared(queue).with_dead_letters():
+                done = await self._store.create_queue(connection, needed.name, to_json(needed.options))
+        return done
+
+    async def update_queue(self, queue: ANY) -> None:
+        """Give the queue in the database the options declared here; jobs sent from then on inherit them."""
+        async with self.connection() as connection:
+            await self._store.update_queue(connection, declared(queue).name, to_json(queue.options))
+
+    async def delete_queue(self, queue: ANY | str) -> int:
+        """Delete a queue with all its jobs; returns how many.
+
+        Raises ``UnknownQueue``, and ``InvalidOption`` while another queue names it as dead letter.
+        """
+        async with self.connection() as connection:
+            return await self._store.delete_queue(connection, queue_name(queue))
+
+    # look
+
+    async def jobs(
+        self, *, queue: ANY | str | None = None, state: str | None = None, limit: int = 50
+    ) -> list[JobRecord]:
+        """The newest jobs, of a queue or in a state. Raises ``InvalidOption`` for what is not a state."""
+        if state is not None and state not in get_args(State):
+            raise InvalidOption(f"{state!a:.100} is not a state: use one of {', '.join(get_args(State))}")
+        whole(limit, "limit", 0, 2**31 - 1)
+        async with self.connection() as connection:
+            return await self._store.jobs(connection, None if queue is None else queue_name(queue), state, limit)
+
+    async def queue_stats(self) -> list[dict[str, Any]]:
+        """The rows of ``notifyq.queue_stats``."""
+        async with self.connection() as connection:
+            return await self._store.view(connection, "queue_stats")
+
+    async def runtimes(self) -> list[dict[str, Any]]:
+        """The rows of ``notifyq.runtimes``."""
+        async with self.connection() as connection:
+            return await self._store.view(connection, "runtimes")
+
+    # operate
+
+    async def cancel(self, *jobs: Sent[Any] | int) -> list[int]:
+        """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
+        async with self.connection() as connection:
+            return await self._store.operate(connection, "cancel", _ids(jobs))
+
+    async def retry(self, *jobs: Sent[Any] | int) -> list[int]:
+        """Give failed jobs one more attempt, at once. Returns the ids affected."""
+        async with self.connection() as connection:
+            return await self._store.operate(connection, "retry", _ids(jobs))
+
+    async def resume(self, *jobs: Sent[Any] | int) -> list[int]:
+        """Put cancelled jobs back in line. Returns the ids affected."""
+        async with self.connection() as connection:
+            return await self._store.operate(connection, "resume", _ids(jobs))
+
+    async def delete(self, *jobs: Sent[Any] | int) -> list[int]:
+        """Delete jobs in any state. Returns the ids affected."""
+        async with self.connection() as connection:
+            return await self._store.operate(connection, "delete", _ids(jobs))
+
+    async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
+        """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""
+        if state is not None and (not isinstance(state, str) or state not in (*get_args(State), "waiting", "finished")):
+            raise InvalidOption(f"{state!a:.100} is not a state: use waiting, finished, {', '.join(get_args(State))}")
+        async with self.connection() as connection:
+            return await self._store.delete_all(connection, queue_name(queue), state)
+
+    async def redrive(
+        self,
+        dead_letter: ANY | str,
+        *,
+        source: ANY | str | None = None,
+        error_type: str | None = None,
+        how_many: int | None = None,
+        preview: bool = False,
+    ) -> list[tuple[int, str, int | None]]:
+        """Send dead letters back to the queues they came from, oldest first.
+
+        Returns (id of the dead letter, queue, id of the new job); with ``preview`` nothing changes and the last is None.
+        """
+        if how_many is not None:
+            whole(how_many, "how_many", 1, 2**31 - 1)
+        if error_type is not None:
+            text(error_type, "error_type")
+        flag(preview, "preview")
+        async with self.connection() as connection:
+            return await self._store.redrive(
+                connection,
+                queue_name(dead_letter),
+                None if source is None else queue_name(source),
+                error_type,
+                how_many,
+                preview,
+            )
+
+
+def declared(queue: Queue[In, Out]) -> Queue[In, Out]:
+    if not isinstance(queue, Queue):
+        raise InvalidOption(f"give the queue's declaration, not {queue!a:.100}: notifyq.Queue(name)")
+    return queue
+
+
+def queue_name(queue: ANY | str) -> str:
+    return text(queue, "queue") if isinstance(queue, str) else declared(queue).name
+
+
+def job_id(job: Sent[Any] | int) -> int:
+    return whole(job.id if isinstance(job, Sent) else job, "a job's id", 1, 2**63 - 1)
+
+
+def _ids(jobs: Sequence[Sent[Any] | int]) -> list[int]:
+    return [job_id(job) for job in jobs]
