@@ -67,7 +67,8 @@ language sql immutable
 set search_path = pg_catalog, pg_temp
 as $$
     select array['retry_limit', 'retry_delay', 'retry_delay_max', 'retry_backoff', 'timeout', 'priority',
-        'retention', 'expire_in', 'dead_letter', 'max_data_bytes', 'bell']
+        'retention', 'expire_in', 'dead_letter', 'max_data_bytes', 'bell', 'policy', 'key_limit', 'active_limit',
+        'rate_limit', 'rate_period', 'key_rate_limit', 'key_rate_period', 'fair', 'ageing']
 $$;
 
 -- The row that a queue would be with these options set. Absent options keep their value.
@@ -95,6 +96,15 @@ begin
                 when 'expire_in' then q.expire_in := notifyq.duration(o -> option);
                 when 'max_data_bytes' then q.max_data_bytes := (o ->> option)::int;
                 when 'bell' then q.bell := o ->> option;
+                when 'policy' then q.policy := o ->> option;
+                when 'key_limit' then q.key_limit := (o ->> option)::int;
+                when 'active_limit' then q.active_limit := (o ->> option)::int;
+                when 'rate_limit' then q.rate_limit := (o ->> option)::int;
+                when 'rate_period' then q.rate_period := notifyq.duration(o -> option);
+                when 'key_rate_limit' then q.key_rate_limit := (o ->> option)::int;
+                when 'key_rate_period' then q.key_rate_period := notifyq.duration(o -> option);
+                when 'fair' then q.fair := (o ->> option)::boolean;
+                when 'ageing' then q.ageing := notifyq.duration(o -> option);
                 else null;
             end case;
         exception when data_exception then
@@ -154,25 +164,122 @@ begin
 end
 $$;
 
--- Changes the options named; sends from then on inherit them.
+-- Refuses (NQ003) rules that contradict each other, and a change of them that standing jobs forbid.
+create or replace function notifyq.check_rules(standing notifyq.queue, wanted notifyq.queue) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    of constant text := 'queue ' || (check_rules.wanted).name || ': ';
+    w constant notifyq.queue := check_rules.wanted;
+begin
+    if w.policy not in ('standard', 'short', 'singleton', 'stately', 'exclusive', 'ordered') then
+        raise exception '%', of || quote_literal(w.policy) || ' is not a policy' using errcode = 'NQ003',
+            hint = 'Policies are standard, short, singleton, stately, exclusive and ordered.';
+    end if;
+    if least(w.key_limit, w.active_limit, w.rate_limit, w.key_rate_limit) < 1 then
+        raise exception '%', of || 'a limit must be 1 or more' using errcode = 'NQ003', hint = 'Leave it null for no limit, or pause the queue.';
+    end if;
+    if (w.rate_limit is null) <> (w.rate_period is null) or (w.key_rate_limit is null) <> (w.key_rate_period is null) then
+        raise exception '%', of || 'a rate limit and its period go together' using errcode = 'NQ003',
+            hint = 'rate_limit starts per rate_period, key_rate_limit starts of one key per key_rate_period.';
+    end if;
+    if least(w.rate_period, w.key_rate_period) < '10 milliseconds' or greatest(w.rate_period, w.key_rate_period) > '1 year' then
+        raise exception '%', of || 'the period of a rate must be from 10 milliseconds to a year' using errcode = 'NQ003';
+    end if;
+    if w.key_limit is not null and w.policy in ('singleton', 'stately', 'ordered') then
+        raise exception '%', of || 'policy ' || w.policy || ' is a key_limit of 1' using errcode = 'NQ003', hint = 'Give one of them.';
+    end if;
+    if w.fair and w.ageing is not null then
+        raise exception '%', of || 'fair and ageing exclude each other' using errcode = 'NQ003';
+    end if;
+    if w.policy <> (check_rules.standing).policy and (
+        exists (select from notifyq.ready t where t.queue = w.number)
+        or exists (select from notifyq.scheduled t where t.queue = w.number)
+        or exists (select from notifyq.blocked t where t.queue = w.number)
+        or exists (select from notifyq.active t where t.queue = w.number)
+    ) then
+        raise exception '%', of || 'the policy is ' || (check_rules.standing).policy || ' while it has waiting or active jobs' using errcode = 'NQ003',
+            hint = 'Change it when they have ended, or delete them: notifyq.delete_all().';
+    end if;
+end
+$$;
+
+-- Changes the options named; sends from then on inherit them. Limits hold at once for what starts
+-- from now on; the policy can be changed while no job waits or is active (NQ003).
 create or replace function notifyq.update_queue(name text, options jsonb) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+    standing notifyq.queue;
     wanted notifyq.queue;
 begin
     perform from notifyq.queue q where q.name = update_queue.name for update;
-    wanted := notifyq.with_options(notifyq.queue_named(update_queue.name), update_queue.options);
+    standing := notifyq.queue_named(update_queue.name);
+    wanted := notifyq.with_options(standing, update_queue.options);
+    perform notifyq.check_rules(standing, wanted);
     update notifyq.queue q
     set (retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, priority,
-            retention, expire_in, dead_letter, max_data_bytes, bell)
+            retention, expire_in, dead_letter, max_data_bytes, bell, policy, key_limit, active_limit,
+            rate_limit, rate_period, key_rate_limit, key_rate_period, fair, ageing)
         = (wanted.retry_limit, wanted.retry_delay, wanted.retry_delay_max, wanted.retry_backoff, wanted.timeout, wanted.priority,
-            wanted.retention, wanted.expire_in, wanted.dead_letter, wanted.max_data_bytes, wanted.bell)
+            wanted.retention, wanted.expire_in, wanted.dead_letter, wanted.max_data_bytes, wanted.bell, wanted.policy, wanted.key_limit, wanted.active_limit,
+            wanted.rate_limit, wanted.rate_period, wanted.key_rate_limit, wanted.key_rate_period, wanted.fair, wanted.ageing)
     where q.name = update_queue.name;
+    perform notifyq.apply_rules(standing);
 exception when check_violation or not_null_violation then
     raise exception 'an option of queue % is out of its range: %', update_queue.name, update_queue.options
     using errcode = 'NQ003', detail = sqlerrm;
+end
+$$;
+
+-- Lets standing jobs feel rules that have just changed: what is active counts, and what the new
+-- rules let start goes on. Locks: the queue's gate.
+create or replace function notifyq.apply_rules(standing notifyq.queue) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    q constant notifyq.queue := notifyq.queue_named((apply_rules.standing).name);
+    was constant notifyq.queue := apply_rules.standing;
+begin
+    if (q.policy, q.slots, q.active_limit, q.rate_limit, q.rate_period, q.key_rate_limit, q.key_rate_period, q.fair)
+        is not distinct from (was.policy, was.slots, was.active_limit, was.rate_limit, was.rate_period, was.key_rate_limit, was.key_rate_period, was.fair)
+    then
+        return;
+    end if;
+    perform from notifyq.gate g where g.queue = q.number for update;
+    if q.gated then
+        update notifyq.active a
+        set key = coalesce(j.key, '')
+        from notifyq.job j
+        where a.queue = q.number
+        and j.id = a.job
+        and a.key is null;
+    end if;
+    -- Counted anew: what was active before there was a gate, or while another limit held, counts.
+    delete from notifyq.key k where k.queue = q.number and k.head is null;
+    insert into notifyq.key (queue, key, held)
+    select q.number, a.key, count(*)
+    from notifyq.active a
+    where a.queue = q.number
+    and a.key is not null
+    and q.slots is not null
+    group by a.key
+    on conflict (queue, key) do update set held = excluded.held;
+    insert into notifyq.gate (queue, held)
+    select q.number, (select count(*) from notifyq.active a where a.queue = q.number)
+    where q.gated
+    on conflict (queue) do update set held = excluded.held, starts = null, counts = null, next_start_at = null;
+    -- What is blocked by a key is looked at again; the gate blocks anew what has to be.
+    perform notifyq.advance(q, array(
+        select b.key
+        from notifyq.blocked b
+        where b.queue = q.number
+        and b.parents = 0
+    ));
+    perform notifyq.ring_look(q);
 end
 $$;
 
@@ -199,6 +306,9 @@ begin
     deleted := notifyq.delete_all(delete_queue.name);
     lock table notifyq.queue in access exclusive mode;
     deleted := deleted + notifyq.delete_all(delete_queue.name);
+    delete from notifyq.reserved r where r.queue = doomed.number;
+    delete from notifyq.key k where k.queue = doomed.number;
+    delete from notifyq.gate g where g.queue = doomed.number;
     delete from notifyq.queue q where q.number = doomed.number;
     return deleted;
 end

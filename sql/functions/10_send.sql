@@ -1,6 +1,7 @@
 -- send: insert the job and its ticket; inserting the ticket rings the bell.
 --
--- SECURITY DEFINER: a producer needs EXECUTE and nothing else. Locks: the id_keys' rows, by key.
+-- SECURITY DEFINER: a producer needs EXECUTE and nothing else. Locks: the id_keys' rows, by key;
+-- what is reserved for a policy, a throttle or a debounce.
 
 -- True, or NQ004: data is larger than its queue takes.
 create or replace function notifyq.data_fits(data jsonb, queue notifyq.queue) returns boolean
@@ -57,22 +58,98 @@ begin
 end
 $$;
 
--- True, or NQ003: the key is longer than an index may safely hold.
-create or replace function notifyq.key_fits(id_key text) returns boolean
+-- True, or NQ003: a key is longer than an index may safely hold.
+create or replace function notifyq.key_fits(key text, option text) returns boolean
 language plpgsql immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if octet_length(key_fits.id_key) > 1000 then
-        raise exception 'id_key of % bytes is over the limit of 1000', octet_length(key_fits.id_key)
+    if octet_length(key_fits.key) > 1000 then
+        raise exception '% of % bytes is over the limit of 1000', key_fits.option, octet_length(key_fits.key)
         using errcode = 'NQ003', hint = 'Use a hash of it.';
     end if;
     return true;
 end
 $$;
 
--- Sends one job and says whether it was made: a repeated id_key makes none and returns the
--- standing job's id. Options left null are inherited from the queue.
+-- True, or NQ003: throttle, debounce and key do not go together, or with this queue.
+create or replace function notifyq.key_options_fit(queue notifyq.queue, key text, throttle interval, debounce interval, is_delayed boolean) returns boolean
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform notifyq.key_fits(key_options_fit.key, 'key');
+    if (key_options_fit.queue).policy = 'ordered' and key_options_fit.key is null then
+        raise exception 'queue % is ordered by key, and this job has none', (key_options_fit.queue).name
+        using errcode = 'NQ003', hint = 'Send it with key => ''...'': jobs with the same key run one after the other.';
+    end if;
+    if num_nonnulls(key_options_fit.throttle, key_options_fit.debounce) = 2 then
+        raise exception 'throttle and debounce exclude each other' using errcode = 'NQ003', hint = 'Give one of them.';
+    end if;
+    if key_options_fit.debounce is not null and key_options_fit.is_delayed then
+        raise exception 'debounce and a delay exclude each other' using errcode = 'NQ003', hint = 'A debounced job starts at once or with the next slot.';
+    end if;
+    if least(key_options_fit.throttle, key_options_fit.debounce) < '1 millisecond'
+        or greatest(key_options_fit.throttle, key_options_fit.debounce) > '1 year'
+    then
+        raise exception 'throttle and debounce must be from 1 millisecond to a year, not %', coalesce(key_options_fit.throttle, key_options_fit.debounce)
+        using errcode = 'NQ003';
+    end if;
+    return true;
+end
+$$;
+
+-- Reserves something for a job, once; returns the job that has it, which is this one if it was free.
+create or replace function notifyq.reserve(queue int, kind "char", key text, slot bigint, job bigint, until timestamptz default null) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    standing bigint;
+begin
+    loop
+        insert into notifyq.reserved (queue, kind, key, slot, job, until)
+        values (reserve.queue, reserve.kind, reserve.key, reserve.slot, reserve.job, reserve.until)
+        on conflict do nothing;
+        if found then
+            return reserve.job;
+        end if;
+        select r.job into standing
+        from notifyq.reserved r
+        where r.queue = reserve.queue
+        and r.kind = reserve.kind
+        and r.key = reserve.key
+        and r.slot = reserve.slot;
+        if found then
+            return standing;
+        end if;
+    end loop;
+end
+$$;
+
+-- Where a ticket stands in line. With ageing the line has one priority, and a number made of the
+-- moment, earlier by one step of ageing for each step of priority: waiting so long then makes up
+-- for one. The low bits keep numbers of one millisecond apart.
+-- No pinned search_path, so that they are inlined.
+create or replace function notifyq.line_priority(priority smallint, ageing interval) returns smallint
+language sql immutable
+as $$
+    select case when line_priority.ageing is null then line_priority.priority else 0::smallint end
+$$;
+
+create or replace function notifyq.line_number(number bigint, priority smallint, ageing interval) returns bigint
+language sql volatile
+as $$
+    select case
+        when line_number.ageing is null then line_number.number
+        else ((extract(epoch from clock_timestamp()) - line_number.priority * extract(epoch from line_number.ageing)) * 1000)::bigint * 1048576
+            + line_number.number % 1048576
+    end
+$$;
+
+-- Sends one job and says whether it was made: a repeated id_key, a key that the queue's policy has
+-- taken, and a throttled or debounced one make none and return the standing job's id. Options left
+-- null are inherited from the queue.
 create or replace function notifyq.try_send(
     queue text,
     data jsonb default null,
@@ -87,6 +164,9 @@ create or replace function notifyq.try_send(
     expire_in interval default null,
     headers jsonb default null,
     id_key text default null,
+    key text default null,
+    throttle interval default null,
+    debounce interval default null,
     out id bigint,
     out created boolean
 )
@@ -94,20 +174,18 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
-declare
-    q notifyq.queue;
-    due timestamptz;
 begin
     -- Data and nothing else, the usual case, in one query: every query and every expression is paid for
     -- by each send. What this does not send is left to what follows, which says why.
     if num_nonnulls(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay, try_send.retry_delay_max,
-        try_send.retry_backoff, try_send.timeout, try_send.expire_in, try_send.headers, try_send.id_key) = 0
+        try_send.retry_backoff, try_send.timeout, try_send.expire_in, try_send.headers, try_send.id_key, try_send.key, try_send.throttle, try_send.debounce) = 0
     then
         with job as (
             insert into notifyq.job (queue, data, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at)
             select s.number, try_send.data, s.priority, s.retry_limit, s.retry_delay, s.retry_delay_max, s.retry_backoff, s.timeout, now() + s.expire_in
             from notifyq.queue s
             where s.name = try_send.queue
+            and s.plain
             and (octet_length(try_send.data::text) > s.max_data_bytes) is not true
             returning id, queue, priority
         )
@@ -119,62 +197,135 @@ begin
             return;
         end if;
     end if;
+    select s.id, s.created into try_send.id, try_send.created
+    from notifyq.send_one(notifyq.queue_named(try_send.queue), try_send.data, try_send.priority, try_send.delay, try_send.due_at,
+        try_send.retry_limit, try_send.retry_delay, try_send.retry_delay_max, try_send.retry_backoff, try_send.timeout, try_send.expire_in,
+        try_send.headers, try_send.id_key, try_send.key, try_send.throttle, try_send.debounce) s;
+end
+$$;
 
-    q := notifyq.queue_named(try_send.queue);
-    if num_nonnulls(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay, try_send.retry_delay_max,
-        try_send.timeout, try_send.expire_in) > 0
+-- Sends one job with options, see try_send(). parents: it is blocked until so many have ended.
+create or replace function notifyq.send_one(
+    queue notifyq.queue,
+    data jsonb,
+    priority int,
+    delay interval,
+    due_at timestamptz,
+    retry_limit int,
+    retry_delay interval,
+    retry_delay_max interval,
+    retry_backoff boolean,
+    timeout interval,
+    expire_in interval,
+    headers jsonb,
+    id_key text,
+    key text,
+    throttle interval,
+    debounce interval,
+    flow bigint default null,
+    parents int default 0,
+    on_failure text default 'cancel',
+    out id bigint,
+    out created boolean
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+    q constant notifyq.queue := send_one.queue;
+    due timestamptz;
+    rank smallint;
+    standing bigint;
+    period float8;
+    slot bigint;
+    slot_key text;
+begin
+    if num_nonnulls(send_one.priority, send_one.delay, send_one.due_at, send_one.retry_limit, send_one.retry_delay, send_one.retry_delay_max,
+        send_one.timeout, send_one.expire_in) > 0
     then
-        perform notifyq.options_fit(try_send.priority, try_send.delay, try_send.due_at, try_send.retry_limit, try_send.retry_delay,
-            try_send.retry_delay_max, try_send.timeout, try_send.expire_in);
-        due := coalesce(try_send.due_at, clock_timestamp() + try_send.delay);
+        perform notifyq.options_fit(send_one.priority, send_one.delay, send_one.due_at, send_one.retry_limit, send_one.retry_delay,
+            send_one.retry_delay_max, send_one.timeout, send_one.expire_in);
+        due := coalesce(send_one.due_at, clock_timestamp() + send_one.delay);
     end if;
-    if octet_length(try_send.data::text) > q.max_data_bytes then
-        perform notifyq.data_fits(try_send.data, q);
+    if octet_length(send_one.data::text) > q.max_data_bytes then
+        perform notifyq.data_fits(send_one.data, q);
+    end if;
+    if q.policy = 'ordered' or num_nonnulls(send_one.key, send_one.throttle, send_one.debounce) > 0 then
+        perform notifyq.key_options_fit(q, send_one.key, send_one.throttle, send_one.debounce, due is not null);
     end if;
 
-    try_send.id := nextval('notifyq.job_id_seq');
-    try_send.created := true;
-    if try_send.id_key is not null then
-        perform notifyq.key_fits(try_send.id_key);
+    send_one.id := nextval('notifyq.job_id_seq');
+    send_one.created := true;
+    if send_one.id_key is not null then
+        perform notifyq.key_fits(send_one.id_key, 'id_key');
         loop
             insert into notifyq.id_key (queue, key, job)
-            values (q.number, try_send.id_key, try_send.id)
+            values (q.number, send_one.id_key, send_one.id)
             on conflict do nothing;
             exit when found;
-            select k.job, false into try_send.id, try_send.created
+            select k.job, false into send_one.id, send_one.created
             from notifyq.id_key k
             where k.queue = q.number
-            and k.key = try_send.id_key;
+            and k.key = send_one.id_key;
             if found then
                 return;
             end if;
-            try_send.id := nextval('notifyq.job_id_seq');
+            send_one.id := nextval('notifyq.job_id_seq');
         end loop;
     end if;
+    if q.policy in ('short', 'stately', 'exclusive') then
+        standing := notifyq.reserve(q.number, 'p', coalesce(send_one.key, ''), 0, send_one.id);
+    end if;
+    if coalesce(standing = send_one.id, true) and num_nonnulls(send_one.throttle, send_one.debounce) > 0 then
+        period := extract(epoch from coalesce(send_one.throttle, send_one.debounce));
+        slot := floor(extract(epoch from clock_timestamp()) / period);
+        slot_key := period || ':' || coalesce(send_one.key, '');
+        standing := notifyq.reserve(q.number, case when send_one.throttle is null then 'd' else 't' end, slot_key, slot, send_one.id, to_timestamp((slot + 1) * period));
+        if standing <> send_one.id and send_one.debounce is not null then
+            standing := notifyq.reserve(q.number, 'd', slot_key, slot + 1, send_one.id, to_timestamp((slot + 2) * period));
+            if standing = send_one.id then
+                due := to_timestamp((slot + 1) * period);
+            elsif notifyq.lock_waiting(standing) is not null then
+                update notifyq.job j set data = send_one.data where j.id = standing;
+            end if;
+        end if;
+    end if;
+    if standing <> send_one.id then
+        delete from notifyq.id_key k where k.queue = q.number and k.key = send_one.id_key and k.job = send_one.id;
+        delete from notifyq.reserved r
+        where r.queue = q.number and r.kind = 'p' and r.key = coalesce(send_one.key, '') and r.slot = 0 and r.job = send_one.id;
+        send_one.id := standing;
+        send_one.created := false;
+        return;
+    end if;
 
-    insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, id_key)
+    rank := coalesce(send_one.priority::smallint, q.priority);
+    insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, id_key, key, flow)
     values (
-        try_send.id, q.number, try_send.data, try_send.headers,
-        coalesce(try_send.priority::smallint, q.priority),
-        coalesce(try_send.retry_limit, q.retry_limit),
-        coalesce(try_send.retry_delay, q.retry_delay),
-        coalesce(try_send.retry_delay_max, q.retry_delay_max),
-        coalesce(try_send.retry_backoff, q.retry_backoff),
-        coalesce(try_send.timeout, q.timeout),
-        greatest(due, now()) + coalesce(try_send.expire_in, q.expire_in),
-        try_send.id_key
+        send_one.id, q.number, send_one.data, send_one.headers, rank,
+        coalesce(send_one.retry_limit, q.retry_limit),
+        coalesce(send_one.retry_delay, q.retry_delay),
+        coalesce(send_one.retry_delay_max, q.retry_delay_max),
+        coalesce(send_one.retry_backoff, q.retry_backoff),
+        coalesce(send_one.timeout, q.timeout),
+        greatest(due, now()) + coalesce(send_one.expire_in, q.expire_in),
+        send_one.id_key, send_one.key, send_one.flow
     );
-    if due > clock_timestamp() then
+    if send_one.parents > 0 then
+        insert into notifyq.blocked (job, number, due_at, queue, parents, priority, key, on_failure)
+        values (send_one.id, send_one.id, due, q.number, send_one.parents, rank, coalesce(send_one.key, ''), send_one.on_failure);
+    elsif due > clock_timestamp() then
         insert into notifyq.scheduled (job, queue, due_at)
-        values (try_send.id, q.number, due);
+        values (send_one.id, q.number, due);
     else
         insert into notifyq.ready (queue, priority, number, job)
-        values (q.number, coalesce(try_send.priority::smallint, q.priority), try_send.id, try_send.id);
+        values (q.number, notifyq.line_priority(rank, q.ageing), notifyq.line_number(send_one.id, rank, q.ageing), send_one.id);
     end if;
 end
 $$;
 
--- Sends one job and returns its id; with a repeated id_key, the standing job's id.
+-- Sends one job and returns its id, or where try_send() makes none, the standing job's.
 create or replace function notifyq.send(
     queue text,
     data jsonb default null,
@@ -188,19 +339,22 @@ create or replace function notifyq.send(
     timeout interval default null,
     expire_in interval default null,
     headers jsonb default null,
-    id_key text default null
+    id_key text default null,
+    key text default null,
+    throttle interval default null,
+    debounce interval default null
 ) returns bigint
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select s.id
     from notifyq.try_send(send.queue, send.data, send.priority, send.delay, send.due_at, send.retry_limit, send.retry_delay,
-        send.retry_delay_max, send.retry_backoff, send.timeout, send.expire_in, send.headers, send.id_key) s
+        send.retry_delay_max, send.retry_backoff, send.timeout, send.expire_in, send.headers, send.id_key, send.key, send.throttle, send.debounce) s
 $$;
 
 -- Sends many jobs with one statement: jobs is a JSON array of objects whose keys are send's
--- arguments but the queue. Returns (id, created) in the array's order; a repeated id_key is
--- folded. All or nothing.
+-- arguments but the queue. Returns (id, created) in the array's order; what repeats an id_key or a key
+-- that must not is folded. All or nothing.
 create or replace function notifyq.send_many(queue text, jobs jsonb)
 returns table (id bigint, created boolean)
 language plpgsql security definer
@@ -212,7 +366,7 @@ as $$
 declare
     q notifyq.queue := notifyq.queue_named(send_many.queue);
     allowed constant text[] := array['data', 'priority', 'delay', 'due_at', 'retry_limit', 'retry_delay',
-        'retry_delay_max', 'retry_backoff', 'timeout', 'expire_in', 'headers', 'id_key'];
+        'retry_delay_max', 'retry_backoff', 'timeout', 'expire_in', 'headers', 'id_key', 'key', 'throttle', 'debounce'];
     entry jsonb;
 begin
     if jsonb_typeof(send_many.jobs) is distinct from 'array' then
@@ -228,7 +382,7 @@ begin
     end if;
 
     -- Data and nothing else: one insert each for jobs and tickets.
-    if not exists (select from jsonb_array_elements(send_many.jobs) e where e.value - 'data' <> '{}') then
+    if q.plain and not exists (select from jsonb_array_elements(send_many.jobs) e where e.value - 'data' <> '{}') then
         return query
         with job as (
             insert into notifyq.job (queue, data, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at)
@@ -246,6 +400,23 @@ begin
         select job.id, true
         from job
         order by job.id;
+        return;
+    end if;
+    -- What is reserved by key is sent one by one.
+    if q.policy in ('short', 'stately', 'exclusive') or exists (select from jsonb_array_elements(send_many.jobs) e where e.value ?| '{throttle,debounce}') then
+        return query
+        select s.id, s.created
+        from rows from (jsonb_to_recordset(send_many.jobs) as (
+            data jsonb, priority int, delay jsonb, due_at timestamptz, retry_limit int, retry_delay jsonb, retry_delay_max jsonb,
+            retry_backoff boolean, timeout jsonb, expire_in jsonb, headers jsonb, id_key text, key text, throttle jsonb, debounce jsonb
+        )) with ordinality e (
+            data, priority, delay, due_at, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expire_in, headers, id_key, key,
+            throttle, debounce, place
+        )
+        cross join lateral notifyq.send_one(q, nullif(e.data, 'null'), e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit,
+            notifyq.duration(e.retry_delay), notifyq.duration(e.retry_delay_max), e.retry_backoff, notifyq.duration(e.timeout),
+            notifyq.duration(e.expire_in), nullif(e.headers, 'null'), e.id_key, e.key, notifyq.duration(e.throttle), notifyq.duration(e.debounce)) s
+        order by e.place;
         return;
     end if;
     return query
@@ -269,7 +440,7 @@ declare
     ids bigint[];
     reserved jsonb;
 begin
-    perform notifyq.key_fits(e.value ->> 'id_key') from jsonb_array_elements(send_each.jobs) e;
+    perform notifyq.key_fits(e.value ->> 'id_key', 'id_key') from jsonb_array_elements(send_each.jobs) e;
     select array_agg(nextval('notifyq.job_id_seq') order by e.ordinality) into ids
     from jsonb_array_elements(send_each.jobs) with ordinality e;
     with inserted as (
@@ -290,15 +461,23 @@ begin
             e.id_key is null or reserved ? ids[e.place]::text as is_new
         from rows from (jsonb_to_recordset(send_each.jobs) as (
             data jsonb, priority int, delay jsonb, due_at timestamptz, retry_limit int, retry_delay jsonb, retry_delay_max jsonb,
-            retry_backoff boolean, timeout jsonb, expire_in jsonb, headers jsonb, id_key text
+            retry_backoff boolean, timeout jsonb, expire_in jsonb, headers jsonb, id_key text, key text
         )) with ordinality e (
-            data, priority, delay, due_at, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expire_in, headers, id_key, place
+            data, priority, delay, due_at, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expire_in, headers, id_key, key, place
         )
         where notifyq.data_fits(e.data, send_each.queue)
         and notifyq.options_fit(e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit, notifyq.duration(e.retry_delay),
             notifyq.duration(e.retry_delay_max), notifyq.duration(e.timeout), notifyq.duration(e.expire_in))
+        and notifyq.key_options_fit(send_each.queue, e.key, null, null, false)
+    ), ticket as materialized (
+        -- So many of each key may go ahead; those behind them need not be looked at before they have.
+        select e.*, row_number() over (partition by coalesce(e.key, ''), (e.due > now()) is true order by e.rank desc, e.id)
+            > case when (send_each.queue).fair or num_nonnulls((send_each.queue).slots, (send_each.queue).key_rate_limit) > 0
+                then coalesce((send_each.queue).slots, 1) end as waits
+        from entry e
+        where e.is_new
     ), job as (
-        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, id_key)
+        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, id_key, key)
         select e.id, (send_each.queue).number, nullif(e.data, 'null'), nullif(e.headers, 'null'), e.rank,
             coalesce(e.retry_limit, (send_each.queue).retry_limit),
             coalesce(notifyq.duration(e.retry_delay), (send_each.queue).retry_delay),
@@ -306,21 +485,26 @@ begin
             coalesce(e.retry_backoff, (send_each.queue).retry_backoff),
             coalesce(notifyq.duration(e.timeout), (send_each.queue).timeout),
             greatest(e.due, now()) + coalesce(notifyq.duration(e.expire_in), (send_each.queue).expire_in),
-            e.id_key
-        from entry e
-        where e.is_new
+            e.id_key, e.key
+        from ticket e
     ), later as (
         insert into notifyq.scheduled (job, queue, due_at)
         select e.id, (send_each.queue).number, e.due
-        from entry e
-        where e.is_new
-        and e.due > now()
+        from ticket e
+        where e.due > now()
+    ), waiting as (
+        insert into notifyq.blocked (job, number, queue, priority, key)
+        select e.id, e.id, (send_each.queue).number, e.rank, coalesce(e.key, '')
+        from ticket e
+        where (e.due > now()) is not true
+        and e.waits
     )
     insert into notifyq.ready (queue, priority, number, job)
-    select (send_each.queue).number, e.rank, e.id, e.id
-    from entry e
-    where e.is_new
-    and (e.due > now()) is not true
+    select (send_each.queue).number, notifyq.line_priority(e.rank, (send_each.queue).ageing),
+        notifyq.line_number(e.id, e.rank, (send_each.queue).ageing), e.id
+    from ticket e
+    where (e.due > now()) is not true
+    and e.waits is not true
     order by e.id;
 
     if exists (

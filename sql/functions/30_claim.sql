@@ -30,9 +30,10 @@ begin
         returning s.job, s.queue, s.attempt, s.due_at
     )
     insert into notifyq.ready (queue, priority, number, job, attempt)
-    select g.queue, j.priority, nextval('notifyq.job_id_seq'), g.job, g.attempt
+    select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt
     from gone g
     join notifyq.job j on j.id = g.job
+    join notifyq.queue q on q.number = g.queue
     order by g.due_at, g.job;
     get diagnostics promoted = row_count;
     return promoted;
@@ -77,7 +78,7 @@ create or replace function notifyq.claim(
 )
 returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
-    sent_at timestamptz, data jsonb, headers jsonb, provenance jsonb
+    sent_at timestamptz, data jsonb, headers jsonb, provenance jsonb, key text
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -95,6 +96,8 @@ declare
     claimed int;
     live boolean;
     due boolean;
+    gated boolean;
+    keyed boolean;
     jobs bigint[];
     numbers bigint[];
     attempts int[];
@@ -115,8 +118,10 @@ begin
             and not r.stopping
             for key share
         ),
-        exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
-    into n, live, due
+        exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
+        q.gated,
+        q.gated or q.policy <> 'standard'
+    into n, live, due, gated, keyed
     from notifyq.queue q
     where q.name = claim.queue;
     if (live and not due) is not true then
@@ -131,7 +136,10 @@ begin
         perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
     end if;
 
-    if claim.floors is null then
+    if gated then
+        select a.jobs, a.numbers, a.attempts into jobs, numbers, attempts
+        from notifyq.admit(n, claim.how_many) a;
+    elsif claim.floors is null then
         with gone as (
             delete from notifyq.ready r
             where r.ctid = any (array(
@@ -179,24 +187,27 @@ begin
     return query
     with claimed as materialized (
         select j.id, t.attempt + 1 as attempt, t.number, j.priority, j.retry_limit, j.timeout,
-            j.sent_at, j.data, j.headers, j.provenance, t.place
+            j.sent_at, j.data, j.headers, j.provenance, j.key, t.place
         from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) with ordinality t (job, number, attempt, place)
         join notifyq.job j on j.id = t.job
         where (j.expires_at <= moment and t.attempt = 0) is not true
     ), active as (
-        insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
-        select c.id, n, c.attempt, c.number, claim.runtime, clock_timestamp(),
+        insert into notifyq.active (job, queue, attempt, number, runtime, key, claimed_at, deadline)
+        select c.id, n, c.attempt, c.number, claim.runtime, case when keyed then coalesce(c.key, '') end, clock_timestamp(),
             clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
         from claimed c
     )
     select c.id, c.attempt, c.number, c.priority, c.retry_limit, extract(epoch from c.timeout)::float8,
-        c.sent_at, c.data, c.headers, c.provenance
+        c.sent_at, c.data, c.headers, c.provenance, c.key
     from claimed c
     order by c.place;
     get diagnostics claimed = row_count;
+    if keyed then
+        perform notifyq.free_waiting_keys(n, jobs);
+    end if;
     if claimed < cardinality(jobs) then
         perform notifyq.end_expired(array(
-            select row(t.job, t.number, null, null, null, null, n, t.attempt, null)::notifyq.active
+            select notifyq.as_active(t.job, t.number, n, t.attempt)
             from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) t (job, number, attempt)
             where not exists (select from notifyq.active a where a.job = t.job)
         ));
@@ -208,14 +219,19 @@ begin
 end
 $$;
 
--- The moment of the next due ticket of a queue, or null.
+-- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null.
 create or replace function notifyq.next_due(queue int) returns timestamptz
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select s.due_at
-    from notifyq.scheduled s
-    where s.queue = next_due.queue
-    order by s.due_at
-    limit 1
+    select least(
+        (
+            select s.due_at
+            from notifyq.scheduled s
+            where s.queue = next_due.queue
+            order by s.due_at
+            limit 1
+        ),
+        (select g.next_start_at from notifyq.gate g where g.queue = next_due.queue)
+    )
 $$;

@@ -26,6 +26,8 @@ declare
     completed bigint[];
     unkept bigint[];
     queues int[];
+    in_flow bigint[];
+    held notifyq.active[];
 begin
     if complete.outputs is not null and jsonb_typeof(complete.outputs) <> 'array' then
         raise exception 'outputs must be a JSON array with one element a job' using errcode = 'NQ003';
@@ -37,29 +39,37 @@ begin
         ) as o (job, attempt, output)
         where a.job = o.job
         and case when a.runtime is not distinct from complete.runtime then complete.attempts is null or a.attempt = o.attempt end
-        returning a.job, a.queue, a.attempt, a.runtime, a.claimed_at, nullif(o.output, 'null') as output
+        returning a.job, a.queue, a.attempt, a.runtime, a.claimed_at, a.key, nullif(o.output, 'null') as output
     ), done as (
         delete from notifyq.job j
         using gone g
         where j.id = g.job
-        returning j.*, g.attempt, g.runtime, g.claimed_at, g.output
+        returning j.*, g.attempt, g.runtime, g.claimed_at, g.key as held_key, g.output
     ), judged as materialized (
         select d.*, q.retention, q.retention is null or q.retention > '0' as kept
         from done d
         join notifyq.queue q on q.number = d.queue
     ), kept as (
         insert into notifyq.archive (
-            id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, id_key,
+            id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key,
             headers, provenance, data, finished_at, claimed_at, runtime, attempt, leaves_on, state, output
         )
-        select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.id_key,
+        select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.flow, k.key, k.id_key,
             k.headers, k.provenance, k.data, now(), k.claimed_at, k.runtime, k.attempt, notifyq.leaves_on(k.retention), 'completed', k.output
         from judged k
         where k.kept
     )
-    select array_agg(j.id), array_agg(j.id) filter (where not j.kept and (j.attempt > 1 or j.id_key is not null)), array_agg(distinct j.queue)
-    into completed, unkept, queues
+    select array_agg(j.id), array_agg(j.id) filter (where not j.kept and (j.attempt > 1 or num_nonnulls(j.id_key, j.flow) > 0)),
+        array_agg(distinct j.queue), array_agg(j.id) filter (where j.flow is not null),
+        array_agg(row(j.id, null, null, null, null, null, j.queue, j.attempt, j.held_key, null)::notifyq.active) filter (where j.held_key is not null)
+    into completed, unkept, queues, in_flow, held
     from judged j;
+    if held is not null then
+        perform notifyq.free(held, 'ended');
+    end if;
+    if in_flow is not null then
+        perform notifyq.parents_ended(in_flow, 'completed');
+    end if;
     if unkept is not null then
         perform notifyq.forget(unkept);
     end if;

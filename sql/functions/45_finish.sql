@@ -23,10 +23,18 @@ as $$
     returning a.*
 $$;
 
+-- A ticket that was never claimed, in the shape of an active one.
+create or replace function notifyq.as_active(job bigint, number bigint, queue int, attempt int) returns notifyq.active
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select row(as_active.job, as_active.number, null, null, null, null, as_active.queue, as_active.attempt, null, null)::notifyq.active
+$$;
+
 -- Takes the tickets of jobs that wait in these states, all or only those without a spent attempt,
--- shaped as active ones that were never claimed. Scheduled before ready: that is the way a ticket
--- moves. Locks: tickets.
-create or replace function notifyq.leave_waiting(jobs bigint[], states text[] default '{scheduled,ready}', unstarted boolean default false)
+-- shaped as active ones that were never claimed. Scheduled and blocked before ready: that is the way
+-- a ticket moves. The next of their keys go on. Locks: tickets, then keys.
+create or replace function notifyq.leave_waiting(jobs bigint[], states text[] default '{scheduled,blocked,ready}', unstarted boolean default false)
 returns setof notifyq.active
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -36,33 +44,60 @@ set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
+declare
+    gone notifyq.active[];
+    more notifyq.active[];
 begin
-    return query
-    delete from notifyq.scheduled s
-    where s.job = any (leave_waiting.jobs)
-    and 'scheduled' = any (leave_waiting.states)
-    and (s.attempt = 0 or not leave_waiting.unstarted)
-    returning s.job, s.job, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, s.queue, s.attempt, null::jsonb;
+    with ticket as (
+        delete from notifyq.scheduled s
+        where s.job = any (leave_waiting.jobs)
+        and 'scheduled' = any (leave_waiting.states)
+        and (s.attempt = 0 or not leave_waiting.unstarted)
+        returning s.*
+    )
+    select array_agg(notifyq.as_active(t.job, t.job, t.queue, t.attempt)) into gone from ticket t;
 
-    return query
-    delete from notifyq.ready r
-    using notifyq.job j
-    where j.id = any (leave_waiting.jobs)
-    and r.queue = j.queue
-    and r.priority = j.priority
-    and r.number = j.id
-    and r.job = j.id
-    and 'ready' = any (leave_waiting.states)
-    and (r.attempt = 0 or not leave_waiting.unstarted)
-    returning r.job, r.number, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, r.queue, r.attempt, null::jsonb;
+    with ticket as (
+        delete from notifyq.blocked b
+        where b.job = any (leave_waiting.jobs)
+        and 'blocked' = any (leave_waiting.states)
+        and (b.attempt = 0 or not leave_waiting.unstarted)
+        returning b.*
+    )
+    select array_agg(notifyq.as_active(t.job, t.number, t.queue, t.attempt)) into more from ticket t;
+    gone := gone || more;
 
+    with ticket as (
+        delete from notifyq.ready r
+        using notifyq.job j
+        where j.id = any (leave_waiting.jobs)
+        and r.queue = j.queue
+        and r.priority = j.priority
+        and r.number = j.id
+        and r.job = j.id
+        and 'ready' = any (leave_waiting.states)
+        and (r.attempt = 0 or not leave_waiting.unstarted)
+        returning r.*
+    )
+    select array_agg(notifyq.as_active(t.job, t.number, t.queue, t.attempt)) into more from ticket t;
+    gone := gone || more;
+
+    with ticket as (
+        delete from notifyq.ready r
+        where r.job = any (leave_waiting.jobs)
+        and r.number <> r.job
+        and 'ready' = any (leave_waiting.states)
+        and (r.attempt = 0 or not leave_waiting.unstarted)
+        returning r.*
+    )
+    select array_agg(notifyq.as_active(t.job, t.number, t.queue, t.attempt)) into more from ticket t;
+    gone := gone || more;
+
+    if gone is not null then
+        perform notifyq.leave_line(array(select g.job from unnest(gone) g));
+    end if;
     return query
-    delete from notifyq.ready r
-    where r.job = any (leave_waiting.jobs)
-    and r.number <> r.job
-    and 'ready' = any (leave_waiting.states)
-    and (r.attempt = 0 or not leave_waiting.unstarted)
-    returning r.job, r.number, null::timestamptz, null::timestamptz, null::timestamptz, null::uuid, r.queue, r.attempt, null::jsonb;
+    select * from unnest(gone);
 end
 $$;
 
@@ -83,7 +118,7 @@ as $$
             jsonb_build_object(
                 'queue', q.name, 'id', j.id, 'sent_at', j.sent_at, 'priority', j.priority,
                 'attempts', coalesce(e.attempt, 0), 'error', jsonb_build_object('type', e.type, 'message', e.message),
-                'provenance', j.provenance
+                'key', j.key, 'provenance', j.provenance
             )
         from unnest(copy_to_dead_letter.jobs) f (job)
         join notifyq.job j on j.id = f.job
@@ -100,8 +135,9 @@ as $$
         returning id, queue, priority
     )
     insert into notifyq.ready (queue, priority, number, job)
-    select c.queue, c.priority, c.id, c.id
+    select c.queue, notifyq.line_priority(c.priority, q.ageing), notifyq.line_number(c.id, c.priority, q.ageing), c.id
     from copy c
+    join notifyq.queue q on q.number = c.queue
     order by c.id
 $$;
 
@@ -117,6 +153,7 @@ set enable_mergejoin = off
 as $$
 declare
     unkept bigint[];
+    in_flow bigint[];
     tally record;
 begin
     if finish.ended is null then
@@ -136,18 +173,21 @@ begin
         join notifyq.queue q on q.number = d.queue
     ), kept as (
         insert into notifyq.archive (
-            id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, id_key,
+            id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key,
             headers, provenance, data, finished_at, claimed_at, runtime, attempt, leaves_on, state
         )
-        select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.id_key,
+        select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.flow, k.key, k.id_key,
             k.headers, k.provenance, k.data, now(), k.claimed_at, k.runtime, k.attempt, notifyq.leaves_on(k.retention), finish.state
         from judged k
         where k.kept
     )
-    select array_agg(j.id)
-    into unkept
-    from judged j
-    where not j.kept;
+    select array_agg(j.id) filter (where not j.kept), array_agg(j.id) filter (where j.flow is not null)
+    into unkept, in_flow
+    from judged j;
+    perform notifyq.free(finish.ended, case finish.state when 'failed' then 'failed' else 'ended' end);
+    if in_flow is not null then
+        perform notifyq.parents_ended(in_flow, finish.state);
+    end if;
     if unkept is not null then
         perform notifyq.forget(unkept);
     end if;
@@ -157,7 +197,7 @@ begin
 end
 $$;
 
--- Drops what is remembered of jobs beside their rows: failed attempts and idempotency keys.
+-- Drops what is remembered of jobs beside their rows: failed attempts, idempotency keys, their places in flows.
 create or replace function notifyq.forget(jobs bigint[]) returns void
 language sql
 set search_path = pg_catalog, pg_temp
@@ -167,6 +207,8 @@ set enable_bitmapscan = off
 as $$
     delete from notifyq.attempt a where a.job = any (forget.jobs);
     delete from notifyq.id_key k where k.job = any (forget.jobs);
+    delete from notifyq.dependency d where d.child = any (forget.jobs);
+    delete from notifyq.flow_job f where f.job = any (forget.jobs);
 $$;
 
 -- Fails jobs that were not started in their time, as 'expired'. Call with tickets just taken.

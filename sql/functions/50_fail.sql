@@ -53,13 +53,13 @@ begin
         ) as o (job, attempt, error, final, retry_in)
         where a.job = o.job
         and case when a.runtime is not distinct from fail.runtime then fail.attempts is null or a.attempt = o.attempt end
-        returning a as ticket, a.job, a.queue, a.attempt, a.cancel_requested_at, a.claimed_at, a.runtime, o.error, o.final, o.retry_in
+        returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at, a.claimed_at, a.runtime, o.error, o.final, o.retry_in
     ), noted as (
         insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message, traceback)
         select g.job, g.claimed_at, g.runtime, g.attempt, coalesce(g.error ->> 'type', 'Error'), coalesce(g.error ->> 'message', ''), g.error ->> 'traceback'
         from gone g
     ), verdict as materialized (
-        select g.ticket, g.job, g.queue, g.attempt, j.priority,
+        select g.ticket, g.job, g.queue, g.attempt, g.key, j.priority,
             case
                 when g.cancel_requested_at is not null then 'cancelled'
                 when g.final or g.attempt > j.retry_limit then 'failed'
@@ -79,15 +79,20 @@ begin
         where v.state = 'scheduled'
     ), again as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
-        select v.queue, v.priority, nextval('notifyq.job_id_seq'), v.job, v.attempt
+        select v.queue, notifyq.line_priority(v.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), v.priority, q.ageing), v.job, v.attempt
         from verdict v
+        join notifyq.queue q on q.number = v.queue
         where v.state = 'ready'
     )
     select array_agg(v.job) as jobs, array_agg(v.state) as states,
         array_agg(v.ticket) filter (where v.state = 'failed') as failed,
-        array_agg(v.ticket) filter (where v.state = 'cancelled') as cancelled
+        array_agg(v.ticket) filter (where v.state = 'cancelled') as cancelled,
+        array_agg(v.ticket) filter (where v.state in ('scheduled', 'ready') and v.key is not null) as again
     into judged
     from verdict v;
+    if judged.again is not null then
+        perform notifyq.free(judged.again, 'again');
+    end if;
     perform notifyq.finish(judged.failed, 'failed');
     perform notifyq.finish(judged.cancelled, 'cancelled');
     return query
@@ -127,13 +132,14 @@ as $$
 declare
     affected bigint[];
     cancelled notifyq.active[];
+    again notifyq.active[];
 begin
     with gone as materialized (
         delete from notifyq.active a
         using rows from (unnest(snooze.jobs), unnest(snooze.attempts), unnest(snooze.delays)) as o (job, attempt, delay)
         where a.job = o.job
         and case when a.runtime is not distinct from snooze.runtime then snooze.attempts is null or a.attempt = o.attempt end
-        returning a as ticket, a.job, a.queue, a.attempt, a.cancel_requested_at is not null as cancelled, o.delay
+        returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at is not null as cancelled, o.delay
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
         select g.job, g.queue, g.attempt - 1, clock_timestamp() + g.delay
@@ -142,15 +148,18 @@ begin
         and g.delay > '0'
     ), again as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
-        select g.queue, j.priority, nextval('notifyq.job_id_seq'), g.job, g.attempt - 1
+        select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt - 1
         from gone g
         join notifyq.job j on j.id = g.job
+        join notifyq.queue q on q.number = g.queue
         where not g.cancelled
         and coalesce(g.delay, '0') <= '0'
     )
-    select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled)
-    into affected, cancelled
+    select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled),
+        array_agg(g.ticket) filter (where not g.cancelled and g.key is not null)
+    into affected, cancelled, again
     from gone g;
+    perform notifyq.free(again, 'again');
     perform notifyq.finish(cancelled, 'cancelled');
     return affected;
 end
@@ -169,21 +178,25 @@ as $$
 declare
     affected bigint[];
     cancelled notifyq.active[];
+    again notifyq.active[];
 begin
     with gone as materialized (
-        select g as ticket, g.job, g.queue, g.attempt, g.number, g.cancel_requested_at is not null as cancelled
+        select g as ticket, g.job, g.queue, g.attempt, g.key, g.number, g.cancel_requested_at is not null as cancelled
         from notifyq.leave_active(release.jobs, release.attempts, release.runtime) g
     ), back as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
-        select g.queue, j.priority, g.number, g.job, g.attempt - 1
+        select g.queue, notifyq.line_priority(j.priority, q.ageing), g.number, g.job, g.attempt - 1
         from gone g
         join notifyq.job j on j.id = g.job
+        join notifyq.queue q on q.number = g.queue
         where not g.cancelled
         order by g.number
     )
-    select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled)
-    into affected, cancelled
+    select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled),
+        array_agg(g.ticket) filter (where not g.cancelled and g.key is not null)
+    into affected, cancelled, again
     from gone g;
+    perform notifyq.free(again, 'again');
     perform notifyq.finish(cancelled, 'cancelled');
     return affected;
 end

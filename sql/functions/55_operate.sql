@@ -61,7 +61,8 @@ as $$
 $$;
 
 -- Takes finished jobs of one state back from the archive and puts them at the end of the line.
--- Deleting the archived row is what keeps two callers from doing it twice.
+-- Deleting the archived row is what keeps two callers from doing it twice. One whose exclusive key
+-- another job has by now stays.
 create or replace function notifyq.revive(jobs bigint[], state text) returns bigint[]
 language sql
 set search_path = pg_catalog, pg_temp
@@ -72,16 +73,19 @@ set enable_mergejoin = off
 as $$
     with gone as (
         delete from notifyq.archive a
+        using notifyq.queue q
         where a.id = any (revive.jobs)
         and a.state = revive.state
-        returning a.*
+        and q.number = a.queue
+        and case when q.policy = 'exclusive' then notifyq.reserve(q.number, 'p', coalesce(a.key, ''), 0, a.id) = a.id else true end
+        returning a.*, q.ageing
     ), job as (
-        insert into notifyq.job (id, sent_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, id_key, headers, provenance, data)
-        select g.id, g.sent_at, g.retry_delay, g.retry_delay_max, g.timeout, g.queue, g.retry_limit, g.priority, g.retry_backoff, g.id_key, g.headers, g.provenance, g.data
+        insert into notifyq.job (id, sent_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key, headers, provenance, data)
+        select g.id, g.sent_at, g.retry_delay, g.retry_delay_max, g.timeout, g.queue, g.retry_limit, g.priority, g.retry_backoff, g.flow, g.key, g.id_key, g.headers, g.provenance, g.data
         from gone g
     ), ticket as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
-        select g.queue, g.priority, nextval('notifyq.job_id_seq'), g.id, g.attempt
+        select g.queue, notifyq.line_priority(g.priority, g.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), g.priority, g.ageing), g.id, g.attempt
         from gone g
         order by g.id
     )
@@ -89,7 +93,8 @@ as $$
     from gone g
 $$;
 
--- Gives failed jobs one more attempt, at once. Locks: archived rows.
+-- Gives failed jobs one more attempt, at once, unless another job has their exclusive key. Locks:
+-- archived rows.
 create or replace function notifyq.retry(jobs bigint[]) returns bigint[]
 language sql
 set search_path = pg_catalog, pg_temp
@@ -119,22 +124,24 @@ set enable_mergejoin = off
 as $$
 declare
     left_over bigint[] := delete_in.jobs;
+    active notifyq.active[];
     gone bigint[];
     affected bigint[] := '{}';
 begin
     -- A ticket can move while we look; what is waiting, active or being moved is found again.
     for round in 1 .. 3 loop
-        if delete_in.states && '{scheduled,ready}' then
+        if delete_in.states && '{scheduled,blocked,ready}' then
             affected := affected || array(select w.job from notifyq.leave_waiting(left_over, delete_in.states) w);
         end if;
         if 'active' = any (delete_in.states) then
             with ticket as (
                 delete from notifyq.active a
                 where a.job = any (left_over)
-                returning a.job
+                returning a
             )
-            select array_agg(t.job) into gone from ticket t;
-            affected := affected || gone;
+            select array_agg(t.a) into active from ticket t;
+            perform notifyq.free(active, 'ended');
+            affected := affected || array(select a.job from unnest(active) a);
         end if;
         if delete_in.states && '{completed,failed,cancelled}' then
             with old as (
@@ -144,6 +151,7 @@ begin
                 returning a.id
             )
             select array_agg(o.id) into gone from old o;
+            perform notifyq.release_heads(gone);
             affected := affected || gone;
         end if;
         delete from notifyq.job j where j.id = any (affected);
@@ -152,6 +160,7 @@ begin
         where j.id = any (left_over);
         exit when left_over is null;
     end loop;
+    perform notifyq.parents_ended(affected, 'deleted');
     perform notifyq.forget(affected);
     return affected;
 end
@@ -162,7 +171,7 @@ create or replace function notifyq.delete(jobs bigint[]) returns bigint[]
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-    select notifyq.delete_in('{scheduled,ready,active,completed,failed,cancelled}', "delete".jobs)
+    select notifyq.delete_in('{scheduled,blocked,ready,active,completed,failed,cancelled}', "delete".jobs)
 $$;
 
 create or replace function notifyq.cancel(job bigint) returns boolean
@@ -193,7 +202,7 @@ as $$
     select cardinality(notifyq.delete(array["delete".job])) = 1
 $$;
 
--- Deletes a queue's jobs in one state, or in 'waiting' (scheduled and ready) or 'finished'
+-- Deletes a queue's jobs in one state, or in 'waiting' (scheduled, blocked and ready) or 'finished'
 -- (completed, failed and cancelled) ones; null: all. Returns how many went.
 create or replace function notifyq.delete_all(queue text, state text default null) returns bigint
 language plpgsql
@@ -203,8 +212,8 @@ declare
     q notifyq.queue := notifyq.queue_named(delete_all.queue);
     finished constant text[] := '{completed,failed,cancelled}';
     states constant text[] := case coalesce(delete_all.state, 'all')
-        when 'all' then '{scheduled,ready,active,completed,failed,cancelled}'
-        when 'waiting' then '{scheduled,ready}'
+        when 'all' then '{scheduled,blocked,ready,active,completed,failed,cancelled}'
+        when 'waiting' then '{scheduled,blocked,ready}'
         when 'finished' then finished
         else array[delete_all.state]
     end;
@@ -213,14 +222,16 @@ declare
     deleted bigint := 0;
     last_id bigint := 0;
 begin
-    if not states <@ '{scheduled,ready,active,completed,failed,cancelled}' then
+    if not states <@ '{scheduled,blocked,ready,active,completed,failed,cancelled}' then
         raise exception 'not a state: %', quote_literal(delete_all.state)
-        using errcode = 'NQ003', hint = 'States are waiting, finished, scheduled, ready, active, completed, failed and cancelled.';
+        using errcode = 'NQ003', hint = 'States are waiting, finished, scheduled, blocked, ready, active, completed, failed and cancelled.';
     end if;
-    if states && '{scheduled,ready,active}' then
+    if states && '{scheduled,blocked,ready,active}' then
         loop
             doomed := array(
                 (select s.job from notifyq.scheduled s where s.queue = q.number and 'scheduled' = any (states) limit batch)
+                union all
+                (select b.job from notifyq.blocked b where b.queue = q.number and 'blocked' = any (states) limit batch)
                 union all
                 (select r.job from notifyq.ready r where r.queue = q.number and 'ready' = any (states) limit batch)
                 union all
@@ -261,7 +272,7 @@ $$;
 
 -- Sends dead letters that are ready back to the queues they came from, oldest first: all, those
 -- of one source, those whose last error has this type, at most how_many. A job whose source no
--- longer exists stays. preview: only says what would go, new_id null. What came back from a queue of
+-- longer exists stays, and so does one whose key the source's policy has taken. preview: only says what would go, new_id null. What came back from a queue of
 -- dead letters of dead letters has its earlier provenance again.
 -- Locks: tickets, stepping over those that others hold; then jobs.
 create or replace function notifyq.redrive(
@@ -292,11 +303,19 @@ begin
         order by c.job;
         return;
     end if;
-    with chosen as materialized (
+    with candidate as materialized (
         select r.ctid as place, r.job, c.source_name, nextval('notifyq.job_id_seq') as new_id
         from notifyq.redrivable(dead.number, redrive.source, redrive.error_type, redrive.how_many) c
         join notifyq.ready r on r.queue = dead.number and r.priority = c.priority and r.number = c.number
         for update of r skip locked
+    ), chosen as materialized (
+        -- One whose key the source's policy has taken stays, too.
+        select c.*
+        from candidate c
+        join notifyq.queue q on q.name = c.source_name
+        join notifyq.job j on j.id = c.job
+        where case when q.policy in ('short', 'stately', 'exclusive')
+            then notifyq.reserve(q.number, 'p', coalesce(j.provenance ->> 'key', ''), 0, c.new_id) = c.new_id else true end
     ), ticket as (
         delete from notifyq.ready r
         using chosen c
@@ -308,17 +327,18 @@ begin
         where j.id = t.job
         returning j.*
     ), again as (
-        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, provenance)
+        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, key, provenance)
         select c.new_id, q.number, g.data, g.headers, coalesce((g.provenance ->> 'priority')::smallint, q.priority),
-            q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, nullif(g.provenance -> 'provenance', 'null')
+            q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, g.provenance ->> 'key', nullif(g.provenance -> 'provenance', 'null')
         from gone g
         join chosen c on c.job = g.id
         join notifyq.queue q on q.name = c.source_name
         returning id, queue, priority
     ), rung as (
         insert into notifyq.ready (queue, priority, number, job)
-        select a.queue, a.priority, a.id, a.id
+        select a.queue, notifyq.line_priority(a.priority, q.ageing), notifyq.line_number(a.id, a.priority, q.ageing), a.id
         from again a
+        join notifyq.queue q on q.number = a.queue
         order by a.id
     )
     select array_agg(c.job) as jobs, array_agg(c.source_name) as queues, array_agg(c.new_id) as new_ids

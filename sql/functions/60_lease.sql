@@ -143,10 +143,12 @@ begin
     from unnest(recover.lost) l
     join notifyq.job j on j.id = l.job;
     insert into notifyq.ready (queue, priority, number, job, attempt)
-    select b.queue, j.priority, b.number, b.job, b.attempt
+    select b.queue, notifyq.line_priority(j.priority, q.ageing), b.number, b.job, b.attempt
     from unnest(back) b
     join notifyq.job j on j.id = b.job
+    join notifyq.queue q on q.number = b.queue
     order by b.number;
+    perform notifyq.free(back, 'again');
     perform notifyq.finish(failed, 'failed');
     perform notifyq.finish(cancelled, 'cancelled');
     return query

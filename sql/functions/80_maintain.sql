@@ -23,6 +23,7 @@ begin
             exists (select from notifyq.ready r where r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.attempt = 0)
             or exists (select from notifyq.ready r where r.job = j.id and r.number <> r.job and r.attempt = 0)
             or exists (select from notifyq.scheduled s where s.job = j.id and s.attempt = 0)
+            or exists (select from notifyq.blocked b where b.job = j.id and b.attempt = 0)
         )
         limit expire.how_many
     ), unstarted => true) w;
@@ -67,7 +68,10 @@ begin
         returning a.id
     )
     select array_agg(d.id) into gone from deleted d;
+    perform notifyq.release_heads(gone);
+    perform notifyq.parents_ended(gone, 'deleted');
     perform notifyq.forget(gone);
+    delete from notifyq.reserved r where r.until < clock_timestamp() - interval '1 minute';
     return coalesce(cardinality(gone), 0);
 end
 $$;
@@ -129,6 +133,7 @@ set lock_timeout = '100ms'
 as $$
 declare
     leaf text;
+    jobs bigint[];
 begin
     if not pg_try_advisory_xact_lock(notifyq.lock_class('leaves'), 0) then
         return false;
@@ -146,6 +151,12 @@ begin
     end if;
     -- A job that is being retried or resumed keeps its key and its errors: no row leaves from here on.
     execute format('lock table notifyq.%I in share row exclusive mode', leaf);
+    execute format('select array_agg(k.head) from notifyq.key k join notifyq.%I l on l.id = k.head', leaf) into jobs;
+    perform notifyq.release_heads(jobs);
+    execute format('select array_agg(d.parent) from notifyq.dependency d join notifyq.%I l on l.id = d.parent where d.state is null', leaf) into jobs;
+    perform notifyq.parents_ended(jobs, 'deleted');
+    execute format('delete from notifyq.dependency d using notifyq.%I l where d.child = l.id', leaf);
+    execute format('delete from notifyq.flow_job f using notifyq.%I l where f.job = l.id', leaf);
     execute format('delete from notifyq.attempt a using notifyq.%I l where a.job = l.id', leaf);
     execute format('delete from notifyq.id_key k using notifyq.%I l where k.job = l.id', leaf);
     execute format('truncate notifyq.%I', leaf);

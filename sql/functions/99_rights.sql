@@ -2,7 +2,8 @@
 -- functions are for roles that are granted them.
 revoke all on all functions in schema notifyq from public;
 grant execute on function
-    notifyq.send(text, jsonb, int, interval, timestamptz, int, interval, interval, boolean, interval, interval, jsonb, text),
-    notifyq.try_send(text, jsonb, int, interval, timestamptz, int, interval, interval, boolean, interval, interval, jsonb, text),
-    notifyq.send_many(text, jsonb)
+    notifyq.send(text, jsonb, int, interval, timestamptz, int, interval, interval, boolean, interval, interval, jsonb, text, text, interval, interval),
+    notifyq.try_send(text, jsonb, int, interval, timestamptz, int, interval, interval, boolean, interval, interval, jsonb, text, text, interval, interval),
+    notifyq.send_many(text, jsonb),
+    notifyq.send_flow(jsonb)
 to public;

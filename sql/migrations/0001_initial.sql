@@ -1,8 +1,8 @@
 -- The structure notifyq stands on. Append-only: once released, a change is a new numbered file.
 --
 -- A job is written once, into job; where it stands is which table holds its ticket:
--- scheduled (due later), ready (may be claimed), active (claimed). A finished job's
--- whole row lies in archive. No function updates job after the send.
+-- scheduled (due later), blocked (waits for its key or for parents), ready (may be claimed),
+-- active (claimed). A finished job's whole row lies in archive. Only an edit updates job.
 
 create table notifyq.installed (
     file text primary key,
@@ -26,8 +26,31 @@ create table notifyq.queue (
     dead_letter int references notifyq.queue (number) check (dead_letter <> number),
     max_data_bytes int not null default 1048576 check (max_data_bytes > 0),
     bell text not null default 'always' check (bell in ('always', 'never')),
-    created_at timestamptz not null default now()
+    created_at timestamptz not null default now(),
+    policy text not null default 'standard' check (policy in ('standard', 'short', 'singleton', 'stately', 'exclusive', 'ordered')),
+    key_limit int check (key_limit > 0 and policy not in ('singleton', 'stately', 'ordered')),
+    active_limit int check (active_limit > 0),
+    rate_limit int check (rate_limit > 0),
+    rate_period interval check (rate_period between '10 milliseconds' and '1 year'),
+    key_rate_limit int check (key_rate_limit > 0),
+    key_rate_period interval check (key_rate_period between '10 milliseconds' and '1 year'),
+    fair boolean not null default false,
+    ageing interval check (ageing between '1 millisecond' and '1 day'),
+    slots int generated always as (case when policy in ('singleton', 'stately', 'ordered') then 1 else key_limit end) stored,
+    gated boolean not null generated always as (
+        fair or policy in ('singleton', 'stately', 'ordered') or num_nonnulls(key_limit, active_limit, rate_limit, key_rate_limit) > 0
+    ) stored,
+    plain boolean not null generated always as (
+        not fair and policy = 'standard' and num_nonnulls(key_limit, key_rate_limit, ageing) = 0
+    ) stored,
+    check ((rate_limit is null) = (rate_period is null)),
+    check ((key_rate_limit is null) = (key_rate_period is null)),
+    check (ageing is null or not fair)
 );
+comment on column notifyq.queue.slots is 'How many jobs of one key may be active; null: any number.';
+comment on column notifyq.queue.gated is 'Its claims go through admit().';
+comment on column notifyq.queue.plain is 'A send of data and nothing else is not looked at any closer.';
+comment on column notifyq.queue.ageing is 'So much waiting counts as one step of priority.';
 comment on column notifyq.queue.retention is 'How long a finished job is kept: 0 = not at all, null = for ever.';
 
 -- Fixed-width columns first, widest first; null columns cost one bit.
@@ -42,11 +65,16 @@ create table notifyq.job (
     retry_limit int not null,
     priority smallint not null,
     retry_backoff boolean not null,
+    flow bigint,
+    key text,
     id_key text,
     headers jsonb,
     provenance jsonb,
     data jsonb
 );
+comment on column notifyq.job.flow is 'The flow it belongs to: its end may free others.';
+-- update_job(), upsert(): live jobs of a key.
+create index job_key on notifyq.job (queue, key) where key is not null;
 -- expire(): which waiting jobs have expired.
 create index job_expires_at on notifyq.job (expires_at) where expires_at is not null;
 
@@ -73,7 +101,23 @@ create table notifyq.scheduled (
 -- promote(): what is due in one queue, and when the next one is.
 create index scheduled_due on notifyq.scheduled (queue, due_at);
 
--- runtime is null for a claim by hand; then only the deadline protects it.
+-- What may not start yet. parents counts those it waits for; with none left it waits for its key.
+create table notifyq.blocked (
+    job bigint primary key,
+    number bigint not null,
+    due_at timestamptz,
+    queue int not null,
+    attempt int not null default 0,
+    parents int not null default 0,
+    priority smallint not null,
+    key text not null,
+    on_failure text not null default 'cancel' check (on_failure in ('cancel', 'run', 'wait'))
+) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+-- advance(): the next ones of a key.
+create index blocked_key on notifyq.blocked (queue, key, priority desc, number) where parents = 0;
+
+-- runtime is null for a claim by hand; then only the deadline protects it. key is null where the
+-- queue has no gate.
 create table notifyq.active (
     job bigint primary key,
     number bigint not null,
@@ -83,10 +127,69 @@ create table notifyq.active (
     runtime uuid,
     queue int not null,
     attempt int not null check (attempt > 0),
+    key text,
     progress jsonb
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 -- rescue(), deregister(): what one runtime holds.
 create index active_runtime on notifyq.active (runtime);
+-- the blocked_keys view: who holds a key.
+create index active_key on notifyq.active (queue, key) where key is not null;
+
+-- One row a gated queue. Claims of the queue lock it, so there is one at a time. Starts are counted
+-- by hundredths of the period, see rate_room().
+create table notifyq.gate (
+    queue int primary key,
+    held int not null default 0,
+    next_start_at timestamptz,
+    starts bigint[],
+    counts int[]
+) with (fillfactor = 50);
+
+-- One row a key of which something is active, or which is at its rate; head is the job that keeps
+-- an ordered or stately key while it waits for its next attempt, or (ordered) has failed.
+create table notifyq.key (
+    queue int not null,
+    key text not null,
+    held int not null default 0,
+    head bigint,
+    turn_at timestamptz,
+    starts bigint[],
+    counts int[],
+    primary key (queue, key)
+) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+-- release_failed(): a failed head that goes.
+create index key_head on notifyq.key (head) where head is not null;
+
+-- What may stand once: 'p' a policy's key, 't' and 'd' a slot of a throttled or debounced key.
+create table notifyq.reserved (
+    queue int not null,
+    kind "char" not null,
+    key text not null,
+    slot bigint not null default 0,
+    job bigint not null,
+    until timestamptz,
+    primary key (queue, kind, key, slot)
+);
+-- purge(): slots that have passed.
+create index reserved_until on notifyq.reserved (until) where until is not null;
+
+-- Who waits for whom in a flow; state is how the parent ended, once that has counted.
+create table notifyq.dependency (
+    parent bigint not null,
+    child bigint not null,
+    state text,
+    primary key (parent, child)
+);
+-- parents(), forget().
+create index dependency_child on notifyq.dependency (child);
+
+-- The jobs of a flow by name; the flow's number is the id of the first of them.
+create table notifyq.flow_job (
+    job bigint primary key,
+    flow bigint not null,
+    name text not null
+);
+create index flow_job_flow on notifyq.flow_job (flow);
 
 -- Partitioned by the day on which a row may go, so that dropping a day waits for no other
 -- queue. What is kept for over 31 days or for ever lies in archive_kept; archive_default takes

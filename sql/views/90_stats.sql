@@ -7,10 +7,11 @@ select
     case
         when a.job is not null then 'active'
         when s.job is not null then 'scheduled'
+        when b.job is not null then 'blocked'
         when coalesce(r.job, m.job) is not null then 'ready'
     end as state,
-    a.job is null and coalesce(s.attempt, r.attempt, m.attempt) > 0 as retrying,
-    coalesce(a.attempt, s.attempt, r.attempt, m.attempt) as attempt,
+    a.job is null and coalesce(s.attempt, b.attempt, r.attempt, m.attempt) > 0 as retrying,
+    coalesce(a.attempt, s.attempt, b.attempt, r.attempt, m.attempt) as attempt,
     j.retry_limit,
     j.priority,
     j.data,
@@ -18,7 +19,7 @@ select
     last.error,
     a.progress,
     j.sent_at,
-    s.due_at,
+    coalesce(s.due_at, b.due_at) as due_at,
     a.claimed_at,
     a.deadline,
     a.cancel_requested_at,
@@ -26,6 +27,8 @@ select
     j.expires_at,
     a.runtime,
     j.timeout,
+    j.key,
+    j.flow,
     j.id_key,
     j.headers,
     j.provenance
@@ -33,6 +36,7 @@ from notifyq.job j
 join notifyq.queue q on q.number = j.queue
 left join notifyq.active a on a.job = j.id
 left join notifyq.scheduled s on s.job = j.id
+left join notifyq.blocked b on b.job = j.id
 left join notifyq.ready r on r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.job = j.id
 left join notifyq.ready m on m.job = j.id and m.number <> m.job
 left join lateral (
@@ -64,6 +68,8 @@ select
     j.expires_at,
     j.runtime,
     j.timeout,
+    j.key,
+    j.flow,
     j.id_key,
     j.headers,
     j.provenance
@@ -83,7 +89,8 @@ select
     q.name as queue,
     coalesce(r.jobs, 0) as ready,
     coalesce(s.jobs, 0) as scheduled,
-    coalesce(r.retrying, 0) + coalesce(s.retrying, 0) as retrying,
+    coalesce(b.jobs, 0) as blocked,
+    coalesce(r.retrying, 0) + coalesce(b.retrying, 0) + coalesce(s.retrying, 0) as retrying,
     coalesce(a.jobs, 0) as active,
     coalesce(f.completed, 0) as completed,
     coalesce(f.failed, 0) as failed,
@@ -109,6 +116,7 @@ left join (
     from notifyq.scheduled t
     group by t.queue
 ) s on s.queue = q.number
+left join (select t.queue, count(*) as jobs, count(*) filter (where t.attempt > 0) as retrying from notifyq.blocked t group by t.queue) b on b.queue = q.number
 left join (select t.queue, count(*) as jobs from notifyq.active t group by t.queue) a on a.queue = q.number
 left join (
     select
@@ -135,3 +143,19 @@ select
     case when r.lease_until < clock_timestamp() then 'lost' when r.stopping then 'stopping' else 'running' end as state,
     (select count(*) from notifyq.active a where a.runtime = r.id) as active
 from notifyq.runtime r;
+
+create or replace view notifyq.blocked_keys as
+select
+    q.name as queue,
+    b.key,
+    b.jobs as blocked,
+    array(
+        select a.job from notifyq.active a where a.queue = q.number and a.key = b.key
+        union
+        select k.head where k.head is not null
+        order by 1
+    ) as held_by
+from (select t.queue, t.key, count(*) as jobs from notifyq.blocked t where t.parents = 0 group by t.queue, t.key) b
+join notifyq.queue q on q.number = b.queue
+left join notifyq.key k on k.queue = b.queue and k.key = b.key;
+comment on view notifyq.blocked_keys is 'The keys that hold jobs back, and the jobs that hold them: active ones, or the waiting or failed head of an ordered or stately key.';

@@ -168,7 +168,9 @@ def runtimes(target: Target, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--queue")
-@click.option("--state", type=click.Choice(["scheduled", "ready", "active", "completed", "failed", "cancelled"]))
+@click.option(
+    "--state", type=click.Choice(["scheduled", "blocked", "ready", "active", "completed", "failed", "cancelled"])
+)
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
 @as_json
 @click.pass_obj

@@ -19,7 +19,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 OutCo = TypeVar("OutCo", covariant=True)
 
-State = Literal["scheduled", "ready", "active", "completed", "failed", "cancelled"]
+State = Literal["scheduled", "blocked", "ready", "active", "completed", "failed", "cancelled"]
 
 __all__ = [
     "Beat",
@@ -66,6 +66,14 @@ class SendOptions(TypedDict, total=False):
     """Travels with the job and reaches the worker: trace context, tenant."""
     id_key: str
     """At most 1000 bytes; makes the send idempotent: a second job with this key is not made while the first is kept."""
+    key: str
+    """At most 1000 bytes; what the queue's policy, limits and turns go by: a customer, say. Without: one common key."""
+    throttle: float | timedelta
+    """Seconds, from 0.001 to a year: one job of this key in each slot of so many seconds (by the calendar: 60 is a minute by
+    the clock); further sends make none and give that one."""
+    debounce: float | timedelta
+    """As ``throttle``, but a second send in a slot makes one more job, at the beginning of the next slot, and further ones
+    replace its data."""
 
 
 @attrs.frozen
@@ -86,7 +94,8 @@ class Sent(Generic[OutCo]):
 
     id: int
     created: bool
-    """False: the ``id_key`` was used before, and ``id`` is that job's."""
+    """False: the ``id_key`` or, by the queue's policy, a throttle or a debounce, the ``key`` was taken; ``id`` is the job
+    that has it."""
     queue: Queue[Any, OutCo] = attrs.field(repr=lambda queue: repr(queue.name), eq=False)
 
 
@@ -118,6 +127,7 @@ class Job(Generic[In]):
     headers: dict[str, Any]
     provenance: dict[str, Any] | None
     """Of a dead letter: ``queue``, ``id``, ``attempts``, ``error`` and ``sent_at`` of the job that failed."""
+    key: str | None
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When the attempt times out, on ``trio.current_time()``'s clock; infinite for a job fetched by hand."""
     _handle: JobHandle | None = attrs.field(default=None, repr=False)
@@ -168,6 +178,9 @@ class JobRecord:
     expires_at: datetime | None
     runtime: UUID | None
     timeout: timedelta
+    key: str | None
+    flow: int | None
+    """The number of the flow that it belongs to."""
     id_key: str | None
     headers: dict[str, Any] | None
     provenance: dict[str, Any] | None
@@ -210,6 +223,7 @@ class Claimed:
     data: str | None
     headers: str | None
     provenance: str | None
+    key: str | None
     claimed_at: float = attrs.field(default=float("-inf"), init=False)
     """When its claim was answered, on ``trio.current_time()``'s clock."""
 

@@ -17,9 +17,11 @@ from ._errors import InvalidData, InvalidOption
 from ._middleware import Middleware, check_middleware
 from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
 from ._sql import (
+    YEAR,
     check_option,
     check_options,
     check_schema_name,
+    flag,
     seconds,
     send_parameters,
     send_statement,
@@ -49,7 +51,17 @@ _OPTIONS = (
     "dead_letter",
     "max_data_bytes",
     "bell",
+    "policy",
+    "key_limit",
+    "active_limit",
+    "rate_limit",
+    "rate_period",
+    "key_rate_limit",
+    "key_rate_period",
+    "fair",
+    "ageing",
 )
+_POLICIES = ("standard", "short", "singleton", "stately", "exclusive", "ordered")
 _WORKER_OPTIONS = ("concurrency", "poll_interval", "middleware")
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 
@@ -103,6 +115,14 @@ class Queue(Generic[In, Out]):
                 finished job is kept; 0: not, None: for ever), expire_in (seconds in which it must start), dead_letter
                 (a queue, which is then created with this one, or the name of one that exists), max_data_bytes, bell
                 (``"always"`` or ``"never"``: senders that use PREPARE TRANSACTION need ``"never"``).
+
+                By the key of its jobs (no key is one common key): policy, ``"standard"``, ``"short"`` (one may wait),
+                ``"singleton"`` (one may be active), ``"stately"`` (both; a retrying one keeps the key), ``"exclusive"``
+                (one may wait or be active) or ``"ordered"`` (in the order sent; an active, retrying or failed one holds
+                up its key); key_limit (how many may be active); key_rate_limit and key_rate_period (starts per
+                seconds); fair (keys take turns). Of the whole queue, in all processes: active_limit (how many may be
+                active), rate_limit and rate_period (starts per seconds), ageing (seconds of waiting that make up for
+                one step of priority). A start is the claim of a job.
 
         Raises:
             InvalidOption: a bad name, or an option that does not exist.
@@ -256,6 +276,7 @@ def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = 
         from_json(read_json(claimed.data), queue.data_type),
         {} if claimed.headers is None else read_json(claimed.headers),
         read_json(claimed.provenance),
+        claimed.key,
         handle,
     )
 
@@ -286,8 +307,26 @@ def _plain_option(name: str, value: Any) -> Any:
             return None
         case "max_data_bytes":
             return whole(value, name, 1, 2**31 - 1)
+        case "key_limit" | "active_limit" | "rate_limit" | "key_rate_limit":
+            return None if value is None else whole(value, name, 1, 2**31 - 1)
+        case "rate_period" | "key_rate_period" | "ageing":
+            return None if value is None else _period(name, value)
+        case "fair":
+            return flag(value, name)
+        case "policy":
+            if not isinstance(value, str) or value not in _POLICIES:
+                raise InvalidOption(f"policy must be one of {', '.join(_POLICIES)}, not {value!a:.100}")
+            return value
         case "bell":
             if not isinstance(value, str) or value not in ("always", "never"):
                 raise InvalidOption(f"bell must be 'always' or 'never', not {value!a:.100}")
             return value
     return check_option(name, value)
+
+
+def _period(name: str, value: Any) -> float:
+    least, most = (0.001, 86_400.0) if name == "ageing" else (0.01, YEAR)
+    number = seconds(value, name)
+    if not least <= number <= most:
+        raise InvalidOption(f"{name} must be from {least:g} to {most:g} seconds, not {value!r}")
+    return number

@@ -59,11 +59,14 @@ _CASTS = {
     "expire_in": "interval",
     "headers": "jsonb",
     "id_key": "text",
+    "key": "text",
+    "throttle": "interval",
+    "debounce": "interval",
 }
 
 SEND_OPTIONS = tuple(name for name in _CASTS if name not in ("queue", "data", "due_at"))
 
-_DURATIONS = ("retry_delay", "retry_delay_max", "timeout", "expire_in")
+_DURATIONS = ("retry_delay", "retry_delay_max", "timeout", "expire_in", "throttle", "debounce")
 
 _ELSEWHERE = {
     "start_after": "delay takes seconds, a timedelta or an aware datetime",
@@ -73,7 +76,12 @@ _ELSEWHERE = {
     "due_at": "delay takes an aware datetime",
     "max_attempts": "retry_limit is the number of attempts after the first",
     "max_retries": "retry_limit",
-    "singleton_key": "id_key makes a send idempotent",
+    "singleton_key": "key, with the queue's policy; id_key makes a send idempotent",
+    "singleton_seconds": "throttle takes seconds",
+    "concurrency_key": "key, with the queue's key_limit",
+    "partition_key": "key",
+    "queueing_lock": "key, on a queue with policy='short'",
+    "lock": "key, on a queue with policy='ordered' or 'singleton'",
     "job_id": "id_key makes a send idempotent",
     "unique_key": "id_key makes a send idempotent",
     "expire_in_seconds": "timeout limits an attempt, expire_in the wait for one",
@@ -84,10 +92,11 @@ _ELSEWHERE = {
 """Options of other systems, and what does their job here."""
 
 
-ID_KEY_MAX = 1000
+KEY_MAX = 1000
 """Bytes; what ``sql/functions/10_send.sql`` takes, well within what an index entry may have."""
 
-LONGEST = 100 * 365.0 * 86_400
+YEAR = 365.0 * 86_400
+LONGEST = 100 * YEAR
 """Seconds: the longest duration that ``sql/functions/10_send.sql`` takes."""
 
 
@@ -156,8 +165,13 @@ def check_option(name: str, value: Any) -> Any:
             return whole(value, name, 0, 1000)
         case "retry_backoff":
             return flag(value, name)
-        case "id_key":
-            return text(value, name, at_most=ID_KEY_MAX)
+        case "id_key" | "key":
+            return text(value, name, at_most=KEY_MAX)
+        case "throttle" | "debounce":
+            slot = seconds(value, name)
+            if not 0.001 <= slot <= YEAR:
+                raise InvalidOption(f"{name} must be from 0.001 seconds to a year, not {value!r}")
+            return slot
         case "delay":
             return seconds(value, name)
     duration = seconds(value, name)
@@ -193,6 +207,8 @@ def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
             plain[name] = _headers(value)
         else:
             plain[name] = check_option(name, value)
+    if "throttle" in plain and "debounce" in plain:
+        raise InvalidOption("throttle and debounce exclude each other: give one of them")
     return plain
 
 

@@ -25,7 +25,7 @@ __all__ = ["Store"]
 
 _CLAIMED: LiteralString = (
     "select c.id, c.attempt, c.number, c.priority, c.retry_limit, c.timeout, c.sent_at,"
-    " c.data::text, c.headers::text, c.provenance::text"
+    " c.data::text, c.headers::text, c.provenance::text, c.key"
 )
 _CLAIM: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, make_interval(secs => $4), $5::smallint[], $6::bigint[]) c"

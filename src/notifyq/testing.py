@@ -118,7 +118,9 @@ async def age_jobs(nq: Client, by: timedelta) -> None:
 async def sent(nq: Client, queue: Queue[In, Any]) -> list[In]:
     """The data of a queue's jobs that wait to be run, oldest first, as the declared type."""
     records = [
-        record for state in ("ready", "scheduled") for record in await nq.jobs(queue=queue, state=state, limit=100_000)
+        record
+        for state in ("ready", "blocked", "scheduled")
+        for record in await nq.jobs(queue=queue, state=state, limit=100_000)
     ]
     return [from_json(record.data, queue.data_type) for record in sorted(records, key=lambda record: record.id)]
 

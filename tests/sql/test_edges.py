@@ -119,7 +119,7 @@ async def test_a_role_with_usage_alone_may_call_no_other_function_and_read_no_ta
         " and has_function_privilege(%s, p.oid, 'execute') order by 1",
         producer,
     )
-    assert allowed == [("send",), ("send_many",), ("try_send",)]
+    assert allowed == [("send",), ("send_flow",), ("send_many",), ("try_send",)]
     assert await ask("select count(*) > 40 from pg_proc where pronamespace = 'notifyq'::regnamespace") == [(True,)]
     readable = await ask(
         "select c.relname from pg_class c where c.relnamespace = 'notifyq'::regnamespace and c.relkind in ('r', 'p', 'v')"

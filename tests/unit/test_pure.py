@@ -49,7 +49,7 @@ def test_long_jobs_are_not_hoarded():
 
 
 def claimed(number: int, priority: int = 0) -> Claimed:
-    return Claimed(number, 1, number, priority, 0, 1.0, datetime.now(UTC), None, None, None)
+    return Claimed(number, 1, number, priority, 0, 1.0, datetime.now(UTC), None, None, None, None)
 
 
 def test_the_floor_trails_the_head_by_a_second_and_a_ring_lowers_it():

@@ -1,0 +1,608 @@
+-- The gate: which tickets of a queue with keys or limits may start, and what an end lets start.
+--
+-- Sends know nothing of it: they write to ready, and never wait for each other. admit() looks at
+-- the tickets in front, takes those that may start, and moves the others to blocked, once each.
+-- What takes a ticket out of active frees its slot and moves the next one of that key back to ready
+-- (advance()), where the bell hangs. So neither a claim nor an end depends on how many wait.
+--
+-- What holds between transactions, for every key with a limit: as long as tickets of it are
+-- blocked, those active and those in ready make up the limit, or more.
+--
+-- Locks: active tickets, the queue's gate, its keys in order, then tickets that wait, stepping over
+-- those that others hold. Claims of one queue wait for each other at its gate.
+
+-- How many starts a rate has left at this moment. A start counts until a period after the end of
+-- the hundredth of a period that it fell in, so never more than limit fall into any period.
+create or replace function notifyq.rate_room(starts bigint[], counts int[], rate_limit int, rate_period interval, moment timestamptz) returns int
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select rate_room.rate_limit - coalesce(sum(s.number), 0)::int
+    from unnest(rate_room.starts, rate_room.counts) s (slot, number)
+    where (s.slot + 101) * extract(epoch from rate_room.rate_period) / 100 > extract(epoch from rate_room.moment)
+$$;
+
+-- When a rate that is used up lets the next one start.
+create or replace function notifyq.rate_next(starts bigint[], rate_period interval, moment timestamptz) returns timestamptz
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select to_timestamp((min(s.slot) + 101) * extract(epoch from rate_next.rate_period)::float8 / 100)
+    from unnest(rate_next.starts) s (slot)
+    where (s.slot + 101) * extract(epoch from rate_next.rate_period) / 100 > extract(epoch from rate_next.moment)
+$$;
+
+-- The starts of a rate with some more; those that no longer count go.
+create or replace function notifyq.rate_add(inout starts bigint[], inout counts int[], how_many int, rate_period interval, moment timestamptz)
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select array_agg(a.slot order by a.slot), array_agg(a.number order by a.slot)
+    from (
+        select s.slot, sum(s.number)::int as number
+        from (
+            select * from unnest(rate_add.starts, rate_add.counts) o (slot, number)
+            union all
+            select floor(extract(epoch from rate_add.moment) * 100 / extract(epoch from rate_add.rate_period))::bigint, rate_add.how_many
+        ) s
+        where (s.slot + 101) * extract(epoch from rate_add.rate_period) / 100 > extract(epoch from rate_add.moment)
+        group by s.slot
+    ) a
+$$;
+
+-- Takes up to how_many tickets that may start out of ready, or blocked, in order; claim() makes
+-- them active. Among them are expired ones, which hold no slot.
+create or replace function notifyq.admit(queue int, how_many int, out jobs bigint[], out numbers bigint[], out attempts int[])
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    most_looked_at constant int := 5000;
+    moment constant timestamptz := clock_timestamp();
+    q notifyq.queue;
+    g notifyq.gate;
+    room int := admit.how_many;
+    sifted record;
+    window_size int;
+    looked_at int := 0;
+    started_keys text[] := '{}';
+    late_keys text[] := '{}';
+    rated_keys text[] := '{}';
+    started int;
+begin
+    insert into notifyq.gate (queue)
+    select admit.queue
+    where not exists (select from notifyq.gate o where o.queue = admit.queue)
+    on conflict do nothing;
+    select * into g from notifyq.gate o where o.queue = admit.queue for update;
+    select * into q from notifyq.queue o where o.number = admit.queue;
+    room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
+        then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
+    window_size := greatest(room, 16);
+    while room > 0 and looked_at < most_looked_at loop
+        select * into sifted from notifyq.sift(q, window_size, room, moment);
+        exit when sifted.looked_at = 0;
+        looked_at := looked_at + sifted.looked_at;
+        jobs := jobs || sifted.jobs;
+        numbers := numbers || sifted.numbers;
+        attempts := attempts || sifted.attempts;
+        started_keys := started_keys || sifted.started_keys;
+        late_keys := late_keys || sifted.late_keys;
+        rated_keys := rated_keys || sifted.rated_keys;
+        room := room - cardinality(sifted.started_keys);
+        exit when sifted.looked_at < window_size;
+        window_size := least(window_size * 4, 2000);
+    end loop;
+    if (q.fair or q.key_rate_limit is not null) and cardinality(started_keys || rated_keys) > 0 then
+        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, greatest(room, 0), moment);
+        jobs := jobs || sifted.jobs;
+        numbers := numbers || sifted.numbers;
+        attempts := attempts || sifted.attempts;
+        started_keys := started_keys || sifted.started_keys;
+        room := room - cardinality(sifted.started_keys);
+    end if;
+    perform notifyq.advance(q, late_keys);
+    if looked_at >= most_looked_at then
+        perform notifyq.ring_look(q);
+    end if;
+    started := cardinality(started_keys);
+    if q.active_limit is not null or q.rate_limit is not null then
+        if q.rate_limit is not null and started > 0 then
+            select r.starts, r.counts into g.starts, g.counts
+            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, moment) r;
+        end if;
+        g.next_start_at := case
+            when q.rate_limit is not null and notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) <= 0
+                and exists (select from notifyq.ready t where t.queue = q.number)
+            then notifyq.rate_next(g.starts, q.rate_period, moment)
+        end;
+        update notifyq.gate o
+        set held = o.held + started, starts = g.starts, counts = g.counts, next_start_at = g.next_start_at
+        where o.queue = admit.queue;
+        if g.next_start_at is not null then
+            perform pg_notify(notifyq.channel(q.number), 'd:' || extract(epoch from g.next_start_at));
+        end if;
+    end if;
+end
+$$;
+
+-- One look at the tickets in front: takes up to room that may start, moves to blocked those whose
+-- key is held or at its rate, and leaves the rest. started_keys has one element a start.
+create or replace function notifyq.sift(
+    queue notifyq.queue,
+    how_many int,
+    room int,
+    moment timestamptz,
+    out looked_at int,
+    out jobs bigint[],
+    out numbers bigint[],
+    out attempts int[],
+    out started_keys text[],
+    out late_keys text[],
+    out rated_keys text[]
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    q constant notifyq.queue := sift.queue;
+    by_key constant boolean := q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0;
+    front notifyq.ready[];
+    keys text[];
+    passed_over text[] := '{}';
+    verdict record;
+begin
+    select array_agg(row(t.number, t.job, t.queue, t.attempt, t.priority)::notifyq.ready order by t.priority desc, t.number) into front
+    from (
+        select * from notifyq.ready t
+        where t.queue = q.number
+        order by t.priority desc, t.number
+        limit sift.how_many
+        for update skip locked
+    ) t;
+    looked_at := coalesce(cardinality(front), 0);
+    if looked_at = 0 then
+        return;
+    end if;
+    if by_key then
+        select array_agg(distinct coalesce(j.key, '')) into keys
+        from unnest(front) f
+        join notifyq.job j on j.id = f.job;
+        perform from notifyq.key k where k.queue = q.number and k.key = any (keys) order by k.key for update;
+    end if;
+    if q.policy = 'ordered' then
+        -- A ticket that somebody else holds (an edit, say) was stepped over: what is behind it waits for it.
+        select coalesce(array_agg(j.key), '{}') into passed_over
+        from notifyq.ready t
+        join notifyq.job j on j.id = t.job
+        where t.queue = q.number
+        and (t.priority > (front[looked_at]).priority or t.priority = (front[looked_at]).priority and t.number < (front[looked_at]).number)
+        and t.job <> all (array(select f.job from unnest(front) f));
+    end if;
+    with ticket as (
+        select f.*, coalesce(j.key, '') as key, f.attempt = 0 and (j.expires_at <= sift.moment) is true as late, k.head is not distinct from f.job as is_head,
+            case
+                when coalesce(j.key, '') = any (passed_over) then 0
+                when k.head is not null then 0
+                else least(case when q.fair then 1 end, q.slots - coalesce(k.held, 0))
+            end as slots,
+            case when q.key_rate_limit is not null
+                then notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, sift.moment)
+            end as rate
+        from unnest(front) with ordinality f (number, job, queue, attempt, priority, place)
+        join notifyq.job j on j.id = f.job
+        left join notifyq.key k on by_key and k.queue = q.number and k.key = coalesce(j.key, '')
+    ), ranked as (
+        select t.*, row_number() over (partition by t.key, t.late, t.is_head order by t.place) as rank
+        from ticket t
+    ), judged as materialized (
+        select r.*,
+            case
+                when r.late then 'late'
+                when r.is_head or coalesce(r.rank <= least(r.slots, r.rate), true) then 'start'
+                when r.rank <= coalesce(r.slots, r.rank) then 'rate'
+                else 'wait'
+            end as verdict
+        from ranked r
+    ), decided as materialized (
+        select j.*, j.verdict = 'start' and count(*) filter (where j.verdict = 'start') over (order by j.place) > sift.room as stays
+        from judged j
+    ), gone as (
+        delete from notifyq.ready r
+        using decided d
+        where not d.stays
+        and r.queue = q.number
+        and r.priority = d.priority
+        and r.number = d.number
+    ), waiting as (
+        insert into notifyq.blocked (job, number, queue, attempt, priority, key)
+        select d.job, d.number, q.number, d.attempt, d.priority, d.key
+        from decided d
+        where d.verdict in ('wait', 'rate')
+    ), held as (
+        insert into notifyq.key (queue, key, held, head)
+        select q.number, d.key, count(*) filter (where not d.is_head), case when q.policy in ('stately', 'ordered') then max(d.job) end
+        from decided d
+        where q.slots is not null
+        and d.verdict = 'start'
+        and not d.stays
+        group by d.key
+        order by d.key
+        on conflict (queue, key) do update set held = key.held + excluded.held, head = excluded.head
+    )
+    select array_agg(d.job order by d.place) filter (where d.verdict in ('start', 'late')) as jobs,
+        array_agg(d.number order by d.place) filter (where d.verdict in ('start', 'late')) as numbers,
+        array_agg(d.attempt order by d.place) filter (where d.verdict in ('start', 'late')) as attempts,
+        array_agg(d.key) filter (where d.verdict = 'start') as started_keys,
+        array_agg(d.key) filter (where d.verdict = 'late') as late_keys,
+        array_agg(distinct d.key) filter (where d.verdict = 'rate') as rated_keys
+    into verdict
+    from decided d
+    where not d.stays;
+    jobs := verdict.jobs;
+    numbers := verdict.numbers;
+    attempts := verdict.attempts;
+    started_keys := coalesce(verdict.started_keys, '{}');
+    late_keys := coalesce(verdict.late_keys, '{}');
+    rated_keys := coalesce(verdict.rated_keys, '{}');
+    perform notifyq.count_starts(q, started_keys, sift.moment);
+end
+$$;
+
+-- Counts starts of keys that have a rate; started_keys has one element a start.
+create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[], moment timestamptz) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if (count_starts.queue).key_rate_limit is null or cardinality(count_starts.started_keys) = 0 then
+        return;
+    end if;
+    insert into notifyq.key (queue, key)
+    select distinct (count_starts.queue).number, s.key
+    from unnest(count_starts.started_keys) s (key)
+    order by s.key
+    on conflict do nothing;
+    update notifyq.key k
+    set (starts, counts) = (select r.starts, r.counts from notifyq.rate_add(k.starts, k.counts, s.number, (count_starts.queue).key_rate_period, count_starts.moment) r)
+    from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
+    where k.queue = (count_starts.queue).number
+    and k.key = s.key;
+end
+$$;
+
+-- For queues whose keys take turns (fair ones, and with a rate by key): of a key, one ticket is in
+-- ready and the others are blocked behind it. What started may go on while there is room, evenly by
+-- key; then each key gets its next turn, at the end of the line or when its rate allows.
+create or replace function notifyq.take_turns(
+    queue notifyq.queue,
+    keys text[],
+    rated_keys text[],
+    room int,
+    moment timestamptz,
+    out jobs bigint[],
+    out numbers bigint[],
+    out attempts int[],
+    out started_keys text[]
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+#variable_conflict use_column
+declare
+    q constant notifyq.queue := take_turns.queue;
+    turns text[] := array(select distinct k.key from unnest(take_turns.keys) k (key));
+    room int := take_turns.room;
+    helping record;
+begin
+    started_keys := '{}';
+    while room > 0 and cardinality(turns) > 0 loop
+        with picked as (
+            select b.*
+            from unnest(turns) t (key)
+            left join notifyq.key k on k.queue = q.number and k.key = t.key
+            cross join lateral (
+                select b.job
+                from notifyq.blocked b
+                where b.queue = q.number
+                and b.key = t.key
+                and b.parents = 0
+                order by b.priority desc, b.number
+                limit least(
+                    greatest(take_turns.room / cardinality(turns), 1),
+                    greatest(q.slots - coalesce(k.held, 0), 0),
+                    case when q.key_rate_limit is not null
+                        then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end
+                )
+                for update skip locked
+            ) b
+            where k.head is null
+            limit room
+        ), gone as (
+            delete from notifyq.blocked b
+            using picked p
+            where b.job = p.job
+            returning b.*
+        ), held as (
+            insert into notifyq.key (queue, key, held)
+            select q.number, g.key, count(*)
+            from gone g
+            where q.slots is not null
+            group by g.key
+            order by g.key
+            on conflict (queue, key) do update set held = key.held + excluded.held
+        )
+        select coalesce(array_agg(g.job order by g.number), '{}') as jobs, array_agg(g.number order by g.number) as numbers,
+            array_agg(g.attempt order by g.number) as attempts, coalesce(array_agg(g.key), '{}') as keys
+        into helping
+        from gone g;
+        exit when cardinality(helping.jobs) = 0;
+        perform notifyq.count_starts(q, helping.keys, take_turns.moment);
+        jobs := jobs || helping.jobs;
+        numbers := numbers || helping.numbers;
+        attempts := attempts || helping.attempts;
+        started_keys := started_keys || helping.keys;
+        room := room - cardinality(helping.jobs);
+        turns := array(select distinct k.key from unnest(helping.keys) k (key));
+    end loop;
+
+    turns := array(select distinct k.key from unnest(take_turns.keys || take_turns.rated_keys) k (key));
+    if q.key_rate_limit is null then
+        perform notifyq.advance(q, turns);
+        return;
+    end if;
+    perform notifyq.advance(q, array(
+        select t.key
+        from unnest(turns) t (key)
+        left join notifyq.key k on k.queue = q.number and k.key = t.key
+        where notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) > 0
+    ));
+    with rested as (
+        update notifyq.key k
+        set turn_at = notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment)
+        where k.queue = q.number
+        and k.key = any (turns)
+        and (k.turn_at > take_turns.moment) is not true
+        and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
+        and exists (select from notifyq.blocked b where b.queue = q.number and b.key = k.key and b.parents = 0)
+        returning k.key, k.turn_at
+    ), gone as (
+        delete from notifyq.blocked b
+        using rested r
+        cross join lateral (
+            select o.job
+            from notifyq.blocked o
+            where o.queue = q.number
+            and o.key = r.key
+            and o.parents = 0
+            order by o.priority desc, o.number
+            limit 1
+        ) o
+        where b.job = o.job
+        returning b.job, b.queue, b.attempt, r.turn_at
+    )
+    insert into notifyq.scheduled (job, queue, attempt, due_at)
+    select n.job, n.queue, n.attempt, n.turn_at
+    from gone n;
+end
+$$;
+
+-- Moves the next blocked tickets of keys to ready, one for each time that the key is named; to the
+-- end of the line where keys take turns, else to their places.
+create or replace function notifyq.advance(queue notifyq.queue, keys text[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+    q constant notifyq.queue := advance.queue;
+begin
+    if cardinality(advance.keys) = 0 then
+        return;
+    end if;
+    with picked as (
+        select b.job
+        from (select u.key, count(*) as number from unnest(advance.keys) u (key) group by u.key order by u.key) k
+        cross join lateral (
+            select b.job
+            from notifyq.blocked b
+            where b.queue = q.number
+            and b.key = k.key
+            and b.parents = 0
+            order by b.priority desc, b.number
+            limit k.number
+            for update skip locked
+        ) b
+    ), gone as (
+        delete from notifyq.blocked b
+        using picked p
+        where b.job = p.job
+        returning b.job, b.number, b.attempt, b.priority
+    )
+    insert into notifyq.ready (queue, priority, number, job, attempt)
+    select q.number, notifyq.line_priority(n.priority, q.ageing),
+        case when q.fair then nextval('notifyq.job_id_seq') else n.number end, n.job, n.attempt
+    from gone n
+    order by n.number;
+end
+$$;
+
+-- Says to every runtime that a queue is worth a look.
+create or replace function notifyq.ring_look(queue notifyq.queue) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select pg_notify(notifyq.channel((ring_look.queue).number), 'look')
+    where notifyq.somebody_may_come(ring_look.queue)
+$$;
+
+-- Frees what tickets that have just left active held, and lets the next ones of their keys go on.
+-- how: 'ended' (completed, cancelled, deleted), 'failed', or 'again' (it waits for another attempt). An
+-- ordered or stately key stays with the job that will run again, an ordered one also with one that failed.
+create or replace function notifyq.free(tickets notifyq.active[], how text) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+    q notifyq.queue;
+    ended notifyq.active[];
+    keys text[];
+    held int;
+begin
+    for q in
+        select o.*
+        from notifyq.queue o
+        where o.number in (select t.queue from unnest(free.tickets) t where t.key is not null)
+        order by o.number
+    loop
+        ended := array(select t from unnest(free.tickets) t where t.queue = q.number and t.key is not null);
+        if q.policy = 'exclusive' and free.how <> 'again' then
+            perform notifyq.unreserve(q.number, array(select t.job from unnest(ended) t));
+        end if;
+        if q.active_limit is not null then
+            select o.held into held from notifyq.gate o where o.queue = q.number for update;
+            update notifyq.gate o
+            set held = greatest(o.held - cardinality(ended), 0)
+            where o.queue = q.number;
+            if held >= q.active_limit then
+                perform notifyq.ring_look(q);
+            end if;
+        end if;
+        continue when q.slots is null
+            or free.how = 'again' and q.policy in ('stately', 'ordered')
+            or free.how = 'failed' and q.policy = 'ordered';
+        keys := array(select t.key from unnest(ended) t order by t.key);
+        perform notifyq.free_keys(q, keys);
+    end loop;
+end
+$$;
+
+-- Frees one slot of a key for each time that it is named, and lets the next ones go on.
+create or replace function notifyq.free_keys(queue notifyq.queue, keys text[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+begin
+    perform from notifyq.key k where k.queue = (free_keys.queue).number and k.key = any (free_keys.keys) order by k.key for update;
+    update notifyq.key k
+    set held = greatest(k.held - f.number, 0), head = null
+    from (select u.key, count(*)::int as number from unnest(free_keys.keys) u (key) group by u.key) f
+    where k.queue = (free_keys.queue).number
+    and k.key = f.key;
+    perform notifyq.advance(free_keys.queue, free_keys.keys);
+    delete from notifyq.key k
+    where k.queue = (free_keys.queue).number
+    and k.key = any (free_keys.keys)
+    and k.held = 0
+    and k.starts is null;
+end
+$$;
+
+-- What a ticket leaves behind that goes from the line without having started: the next of its key
+-- gets its place, and if it was the head of an ordered or stately key, the key is free.
+create or replace function notifyq.leave_line(jobs bigint[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    q notifyq.queue;
+    left_keys text[];
+    freed text[];
+begin
+    for q in
+        select distinct o.*
+        from notifyq.job j
+        join notifyq.queue o on o.number = j.queue
+        where j.id = any (leave_line.jobs)
+        and (o.gated or o.policy <> 'standard')
+        order by o.number
+    loop
+        perform notifyq.unreserve(q.number, leave_line.jobs);
+        select array_agg(coalesce(j.key, '')) filter (where k.head is distinct from j.id), array_agg(coalesce(j.key, '')) filter (where k.head = j.id)
+        into left_keys, freed
+        from notifyq.job j
+        left join notifyq.key k on k.queue = q.number and k.key = coalesce(j.key, '')
+        where j.id = any (leave_line.jobs)
+        and j.queue = q.number;
+        perform notifyq.free_keys(q, coalesce(freed, '{}'));
+        perform notifyq.advance(q, coalesce(left_keys, '{}'));
+    end loop;
+end
+$$;
+
+-- Frees the keys of ordered queues whose failed head goes from the archive, to where it may.
+create or replace function notifyq.release_heads(jobs bigint[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    held record;
+begin
+    for held in
+        select q as queue, array_agg(k.key order by k.key) as keys
+        from notifyq.key k
+        join notifyq.queue q on q.number = k.queue
+        where k.head = any (release_heads.jobs)
+        group by q.*
+    loop
+        perform notifyq.free_keys(held.queue, held.keys);
+    end loop;
+end
+$$;
+
+-- Gives back the keys that a policy reserved for jobs.
+create or replace function notifyq.unreserve(queue int, jobs bigint[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+    delete from notifyq.reserved r
+    using notifyq.job j
+    where j.id = any (unreserve.jobs)
+    and r.queue = unreserve.queue
+    and r.kind = 'p'
+    and r.key = coalesce(j.key, '')
+    and r.job = j.id
+$$;
+
+-- A short or stately key may have the next job wait once this one has started.
+create or replace function notifyq.free_waiting_keys(queue int, jobs bigint[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select notifyq.unreserve(q.number, free_waiting_keys.jobs)
+    from notifyq.queue q
+    where q.number = free_waiting_keys.queue
+    and q.policy in ('short', 'stately')
+$$;

@@ -1,0 +1,200 @@
+-- Edits of jobs that wait: update_job, upsert. A ticket is locked before the job's row is changed, and
+-- claim() reads the row after it has taken the ticket: an edit is seen, or finds no ticket.
+
+-- Locks the ticket of a job that waits; returns where it stands, or null if it does not wait (any longer).
+create or replace function notifyq.lock_waiting(job bigint) returns text
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+begin
+    perform from notifyq.scheduled s where s.job = lock_waiting.job for update;
+    if found then
+        return 'scheduled';
+    end if;
+    perform from notifyq.blocked b where b.job = lock_waiting.job for update;
+    if found then
+        return 'blocked';
+    end if;
+    perform from notifyq.job j
+    join notifyq.ready r on r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.job = j.id
+    where j.id = lock_waiting.job
+    for update of r;
+    if found then
+        return 'ready';
+    end if;
+    perform from notifyq.ready r where r.job = lock_waiting.job and r.number <> r.job for update;
+    if found then
+        return 'ready';
+    end if;
+    return null;
+end
+$$;
+
+-- Edits a job that waits, by id, or by queue and key (id_key, or else the key of the one that is next in
+-- line); what is null stays. delay or due_at: it starts then, now if that is past; one that waits for
+-- parents still does. Returns its id, or null if none waits: an active job is never edited.
+-- Raises NQ001, NQ003, NQ004. Locks: the ticket, then the job.
+create or replace function notifyq.update_job(
+    job bigint default null,
+    queue text default null,
+    key text default null,
+    id_key text default null,
+    data jsonb default null,
+    priority int default null,
+    delay interval default null,
+    due_at timestamptz default null
+) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    q notifyq.queue;
+    found_job bigint := update_job.job;
+    candidate bigint;
+begin
+    if num_nonnulls(update_job.job, update_job.key, update_job.id_key) <> 1 or (update_job.job is null) <> (update_job.queue is not null) then
+        raise exception 'name the job by its id alone, or by queue and key, or by queue and id_key'
+        using errcode = 'NQ003', hint = 'For example update_job(job => 7, ...) or update_job(queue => ''mail'', key => ''ann'', ...).';
+    end if;
+    perform notifyq.options_fit(update_job.priority, update_job.delay, update_job.due_at, null, null, null, null, null);
+    if update_job.queue is not null then
+        q := notifyq.queue_named(update_job.queue);
+    end if;
+    if update_job.id_key is not null then
+        select k.job into found_job from notifyq.id_key k where k.queue = q.number and k.key = update_job.id_key;
+    end if;
+    if update_job.key is not null then
+        for candidate in
+            select j.id from notifyq.job j where j.queue = q.number and j.key = update_job.key order by j.priority desc, j.id
+        loop
+            if notifyq.edit(candidate, update_job.data, update_job.priority, update_job.delay, update_job.due_at) then
+                return candidate;
+            end if;
+        end loop;
+        return null;
+    end if;
+    return case when notifyq.edit(found_job, update_job.data, update_job.priority, update_job.delay, update_job.due_at) then found_job end;
+end
+$$;
+
+-- Takes the ready ticket of a job.
+create or replace function notifyq.take_ready(job notifyq.job) returns notifyq.ready
+language sql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    with own as (
+        delete from notifyq.ready r
+        where r.queue = (take_ready.job).queue
+        and r.priority = (take_ready.job).priority
+        and r.number = (take_ready.job).id
+        and r.job = (take_ready.job).id
+        returning r.*
+    ), other as (
+        delete from notifyq.ready r
+        where r.job = (take_ready.job).id
+        and r.number <> r.job
+        returning r.*
+    )
+    select * from own
+    union all
+    select * from other
+$$;
+
+-- The edit of one job; false if it does not wait.
+create or replace function notifyq.edit(job bigint, data jsonb, priority int, delay interval, due_at timestamptz) returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    stands constant text := notifyq.lock_waiting(edit.job);
+    due constant timestamptz := coalesce(edit.due_at, clock_timestamp() + edit.delay);
+    j notifyq.job;
+    q notifyq.queue;
+    ticket notifyq.ready;
+    rank smallint;
+begin
+    if stands is null then
+        return false;
+    end if;
+    select * into j from notifyq.job o where o.id = edit.job;
+    select * into q from notifyq.queue o where o.number = j.queue;
+    if edit.data is not null then
+        perform notifyq.data_fits(edit.data, q);
+    end if;
+    rank := coalesce(edit.priority::smallint, j.priority);
+    if stands = 'blocked' then
+        update notifyq.blocked b
+        set priority = rank, due_at = coalesce(due, b.due_at)
+        where b.job = edit.job;
+    end if;
+    -- Written anew, so that the bell tells of it.
+    if stands = 'ready' and (due > clock_timestamp() or edit.priority is not null) then
+        ticket := notifyq.take_ready(j);
+        if due > clock_timestamp() then
+            insert into notifyq.scheduled (job, queue, attempt, due_at)
+            values (j.id, j.queue, ticket.attempt, due);
+            if q.gated then
+                perform notifyq.advance(q, array[coalesce(j.key, '')]);
+            end if;
+        else
+            insert into notifyq.ready (queue, priority, number, job, attempt)
+            values (j.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null then ticket.number
+                else notifyq.line_number(j.id, rank, q.ageing) end, j.id, ticket.attempt);
+        end if;
+    end if;
+    if stands = 'scheduled' and due is not null then
+        delete from notifyq.scheduled s where s.job = j.id returning s.attempt into ticket.attempt;
+        if due > clock_timestamp() then
+            insert into notifyq.scheduled (job, queue, attempt, due_at)
+            values (j.id, j.queue, ticket.attempt, due);
+        else
+            insert into notifyq.ready (queue, priority, number, job, attempt)
+            values (j.queue, notifyq.line_priority(rank, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), rank, q.ageing), j.id, ticket.attempt);
+        end if;
+    end if;
+    if num_nonnulls(edit.data, edit.priority) > 0 then
+        update notifyq.job o
+        set data = coalesce(edit.data, o.data), priority = rank
+        where o.id = edit.job;
+    end if;
+    return true;
+end
+$$;
+
+-- Edits the job of a key that waits, or sends one, atomically: of two calls with a key that no job
+-- has, one sends and the other edits. Raises as update_job() and send().
+create or replace function notifyq.upsert(
+    queue text,
+    key text,
+    data jsonb default null,
+    priority int default null,
+    delay interval default null,
+    due_at timestamptz default null,
+    out id bigint,
+    out created boolean
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if upsert.key is null then
+        raise exception 'upsert needs a key' using errcode = 'NQ003', hint = 'It edits the job of this key that waits, or sends one.';
+    end if;
+    perform pg_advisory_xact_lock(notifyq.lock_class('upsert'), hashtext((notifyq.queue_named(upsert.queue)).number || ':' || upsert.key));
+    upsert.id := notifyq.update_job(queue => upsert.queue, key => upsert.key, data => upsert.data, priority => upsert.priority,
+        delay => upsert.delay, due_at => upsert.due_at);
+    upsert.created := upsert.id is null;
+    if upsert.created then
+        select s.id, s.created into upsert.id, upsert.created
+        from notifyq.try_send(upsert.queue, upsert.data, key => upsert.key, priority => upsert.priority, delay => upsert.delay, due_at => upsert.due_at) s;
+    end if;
+end
+$$;
