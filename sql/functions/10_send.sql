@@ -281,7 +281,7 @@ begin
         period := extract(epoch from coalesce(send_one.throttle, send_one.debounce));
         slot := floor(extract(epoch from clock_timestamp()) / period);
         slot_key := period || ':' || coalesce(send_one.key, '');
-        standing := notifyq.reserve(q.number, case when send_one.throttle is null then 'd' else 't' end, slot_key, slot, send_one.id, to_timestamp((slot + 1) * period));
+        standing := notifyq.reserve(q.number, (case when send_one.throttle is null then 'd' else 't' end)::"char", slot_key, slot, send_one.id, to_timestamp((slot + 1) * period));
         if standing <> send_one.id and send_one.debounce is not null then
             standing := notifyq.reserve(q.number, 'd', slot_key, slot + 1, send_one.id, to_timestamp((slot + 2) * period));
             if standing = send_one.id then

@@ -86,7 +86,7 @@ begin
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
     window_size := greatest(room, 16);
     while room > 0 and looked_at < most_looked_at loop
-        select * into sifted from notifyq.sift(q, window_size, room, moment);
+        select * into sifted from notifyq.sift(q, window_size, room, started_keys, moment);
         exit when sifted.looked_at = 0;
         looked_at := looked_at + sifted.looked_at;
         jobs := jobs || sifted.jobs;
@@ -133,11 +133,12 @@ end
 $$;
 
 -- One look at the tickets in front: takes up to room that may start, moves to blocked those whose
--- key is held or at its rate, and leaves the rest. started_keys has one element a start.
+-- key is held, at its rate, or (in a fair queue) among those that had their turn, and leaves the rest. started_keys has one element a start.
 create or replace function notifyq.sift(
     queue notifyq.queue,
     how_many int,
     room int,
+    had_turn text[],
     moment timestamptz,
     out looked_at int,
     out jobs bigint[],
@@ -196,6 +197,7 @@ begin
             case
                 when coalesce(j.key, '') = any (passed_over) then 0
                 when k.head is not null then 0
+                when q.fair and coalesce(j.key, '') = any (sift.had_turn) then 0
                 else least(case when q.fair then 1 end, q.slots - coalesce(k.held, 0))
             end as slots,
             case when q.key_rate_limit is not null
@@ -327,7 +329,7 @@ begin
                 order by b.priority desc, b.number
                 limit least(
                     greatest(take_turns.room / cardinality(turns), 1),
-                    greatest(q.slots - coalesce(k.held, 0), 0),
+                    case when q.slots is not null then greatest(q.slots - coalesce(k.held, 0), 0) end,
                     case when q.key_rate_limit is not null
                         then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end
                 )
@@ -483,7 +485,7 @@ begin
     loop
         ended := array(select t from unnest(free.tickets) t where t.queue = q.number and t.key is not null);
         if q.policy = 'exclusive' and free.how <> 'again' then
-            perform notifyq.unreserve(q.number, array(select t.job from unnest(ended) t));
+            perform notifyq.unreserve(q.number, t.key, t.job) from unnest(ended) t;
         end if;
         if q.active_limit is not null then
             select o.held into held from notifyq.gate o where o.queue = q.number for update;
@@ -548,7 +550,7 @@ begin
         and (o.gated or o.policy <> 'standard')
         order by o.number
     loop
-        perform notifyq.unreserve(q.number, leave_line.jobs);
+        perform notifyq.unreserve(q.number, coalesce(j.key, ''), j.id) from notifyq.job j where j.id = any (leave_line.jobs) and j.queue = q.number;
         select array_agg(coalesce(j.key, '')) filter (where k.head is distinct from j.id), array_agg(coalesce(j.key, '')) filter (where k.head = j.id)
         into left_keys, freed
         from notifyq.job j
@@ -581,19 +583,18 @@ begin
 end
 $$;
 
--- Gives back the keys that a policy reserved for jobs.
-create or replace function notifyq.unreserve(queue int, jobs bigint[]) returns void
+-- Gives back a key that a policy reserved for a job.
+create or replace function notifyq.unreserve(queue int, key text, job bigint) returns void
 language sql
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 as $$
     delete from notifyq.reserved r
-    using notifyq.job j
-    where j.id = any (unreserve.jobs)
-    and r.queue = unreserve.queue
+    where r.queue = unreserve.queue
     and r.kind = 'p'
-    and r.key = coalesce(j.key, '')
-    and r.job = j.id
+    and r.key = unreserve.key
+    and r.slot = 0
+    and r.job = unreserve.job
 $$;
 
 -- A short or stately key may have the next job wait once this one has started.
@@ -601,8 +602,9 @@ create or replace function notifyq.free_waiting_keys(queue int, jobs bigint[]) r
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-    select notifyq.unreserve(q.number, free_waiting_keys.jobs)
+    select notifyq.unreserve(q.number, coalesce(j.key, ''), j.id)
     from notifyq.queue q
+    join notifyq.job j on j.id = any (free_waiting_keys.jobs)
     where q.number = free_waiting_keys.queue
     and q.policy in ('short', 'stately')
 $$;

@@ -28,7 +28,7 @@ create table notifyq.queue (
     bell text not null default 'always' check (bell in ('always', 'never')),
     created_at timestamptz not null default now(),
     policy text not null default 'standard' check (policy in ('standard', 'short', 'singleton', 'stately', 'exclusive', 'ordered')),
-    key_limit int check (key_limit > 0 and policy not in ('singleton', 'stately', 'ordered')),
+    key_limit int check (key_limit is null or key_limit > 0 and policy not in ('singleton', 'stately', 'ordered')),
     active_limit int check (active_limit > 0),
     rate_limit int check (rate_limit > 0),
     rate_period interval check (rate_period between '10 milliseconds' and '1 year'),

@@ -1,0 +1,517 @@
+"""Keys, policies, limits, rates and turns, from SQL alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
+
+
+@pytest.fixture
+def ask(connection: TrioConnection):
+    async def ask(statement: str, *parameters: object) -> list:
+        cursor = await connection.execute(statement.encode(), parameters or None)
+        return await cursor.fetchall() if cursor.description else []
+
+    return ask
+
+
+class Line:
+    """A queue and what is done to it."""
+
+    def __init__(self, ask: Any) -> None:
+        self.ask = ask
+
+    async def send(self, *keys: str | None, **options: Any) -> list[int]:
+        return [(await self.try_send(key, **options))[0] for key in keys]
+
+    async def try_send(self, key: str | None = None, **options: Any) -> tuple[int, bool]:
+        named = ", ".join(f"{name} => %s" for name in options)
+        call = f"select id, created from notifyq.try_send('q', key => %s{', ' * bool(named)}{named})"
+        [row] = await self.ask(call, key, *options.values())
+        return row
+
+    async def send_many(self, *jobs: dict[str, Any]) -> list[int]:
+        rows = await self.ask("select id from notifyq.send_many('q', %s)", json.dumps(jobs))
+        return [id for (id,) in rows]
+
+    async def claim(self, how_many: int = 10) -> list[int]:
+        return [id for (id,) in await self.ask("select id from notifyq.claim('q', %s)", how_many)]
+
+    async def complete(self, *jobs: int) -> None:
+        for job in jobs:
+            assert await self.ask("select notifyq.complete(%s)", job) == [(True,)]
+
+    async def state(self, job: int) -> str:
+        [(state,)] = await self.ask("select state from notifyq.jobs where id = %s", job)
+        return state
+
+    async def states(self, *jobs: int) -> list[str]:
+        return [await self.state(job) for job in jobs]
+
+
+@pytest.fixture
+def line(ask):
+    async def line(**options: Any) -> Line:
+        await ask("select notifyq.create_queue('q', %s)", json.dumps({"retry_delay": 0, **options}))
+        return Line(ask)
+
+    return line
+
+
+async def test_a_singleton_key_has_one_active_job_and_holds_back_no_other_key(line):
+    q = await line(policy="singleton")
+    a, b, other, c = await q.send("k", "k", "other", "k")
+    assert await q.claim() == [a, other]
+    assert await q.claim() == []
+    assert await q.states(a, b, c) == ["active", "blocked", "blocked"]
+    assert await q.ask("select queue, key, blocked, held_by from notifyq.blocked_keys") == [("q", "k", 2, [a])]
+    await q.complete(a)
+    assert await q.states(b, c) == ["ready", "blocked"]
+    assert await q.claim() == [b]
+    await q.complete(b)
+    assert await q.claim() == [c]
+    await q.complete(c, other)
+    assert await q.ask("select count(*) from notifyq.key") == [(0,)]
+
+
+async def test_jobs_without_a_key_have_one_common_key(line):
+    q = await line(policy="singleton")
+    a, b = await q.send(None, None)
+    assert await q.claim() == [a]
+    await q.complete(a)
+    assert await q.claim() == [b]
+
+
+async def test_a_key_limit_counts_the_active_jobs_of_a_key(line):
+    q = await line(key_limit=2)
+    jobs = await q.send(*"aaaab")
+    assert await q.claim() == [jobs[0], jobs[1], jobs[4]]
+    await q.complete(jobs[1])
+    assert await q.claim() == [jobs[2]]
+    await q.complete(jobs[0], jobs[2])
+    assert await q.claim() == [jobs[3]]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+async def test_a_bulk_send_of_one_key_blocks_what_is_behind_the_limit(line, number):
+    q = await line(key_limit=2)
+    jobs = await q.send_many(*[{"data": n, "key": "k"} for n in range(number)])
+    assert await q.states(*jobs) == ["ready"] * min(number, 2) + ["blocked"] * (number - 2)
+    done = []
+    while claimed := await q.claim():
+        assert len(claimed) <= 2
+        done += claimed
+        await q.complete(*claimed)
+    assert done == jobs
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["cancel({})", "delete({})", "fail({}, 'x', final => true)", "fail({}, 'x', retry_in => '1 hour')", "complete({})"],
+)
+@pytest.mark.parametrize("policy", [{"policy": "singleton"}, {"key_limit": 1}])
+async def test_whatever_takes_an_active_job_away_lets_the_next_of_its_key_start(line, policy, ending):
+    q = await line(**policy)
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    await q.ask(f"select notifyq.{ending.format(a)}")
+    assert await q.claim() == [b]
+
+
+@pytest.mark.parametrize("ending", ["snooze(array[{}], array['1 hour'::interval])", "release(array[{}])"])
+async def test_a_job_that_goes_back_unstarted_gives_its_slot_back(line, ending):
+    q = await line(policy="singleton")
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    await q.ask(f"select notifyq.{ending.format(a)}")
+    assert await q.claim() == ([a] if "release" in ending else [b])
+
+
+async def test_a_rescued_job_gives_its_slot_back_and_comes_first_again(line):
+    q = await line(policy="singleton")
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    assert await q.claim() == []
+    await q.ask("update notifyq.active set deadline = now() - interval '1 s'")
+    assert await q.ask("select * from notifyq.rescue()") == [(a, "ready")]
+    assert await q.claim() == [a]
+    await q.complete(a)
+    assert await q.claim() == [b]
+
+
+@pytest.mark.parametrize("leaving", ["cancel({})", "delete({})", "update_job({}, delay => '1 hour')"])
+async def test_a_job_that_leaves_the_line_before_it_starts_leaves_its_place_to_the_next(line, leaving):
+    q = await line(policy="singleton")
+    a, b, c = await q.send("k", "k", "k")
+    assert await q.claim() == [a]
+    assert await q.claim() == []
+    await q.complete(a)
+    assert await q.states(b, c) == ["ready", "blocked"]
+    await q.ask(f"select notifyq.{leaving.format(b)}")
+    assert await q.claim() == [c]
+
+
+async def test_an_expired_job_holds_no_slot(line):
+    q = await line(policy="singleton")
+    a = (await q.try_send("k", expire_in="1 hour"))[0]
+    [b] = await q.send("k")
+    await q.ask("update notifyq.job set expires_at = now() - interval '1 s' where id = %s", a)
+    assert await q.claim() == [b]
+    assert await q.state(a) == "failed"
+
+
+async def test_priority_is_kept_within_a_key_and_between_keys(line):
+    q = await line(policy="singleton")
+    [low] = await q.send("k")
+    assert await q.claim() == [low]
+    ids = [(await q.try_send("k", priority=p))[0] for p in (1, 5, 3)]
+    assert await q.claim() == []
+    order = []
+    running = low
+    for _ in ids:
+        await q.complete(running)
+        [running] = await q.claim()
+        order.append(running)
+    assert order == [ids[1], ids[2], ids[0]]
+
+
+async def test_short_lets_one_job_of_a_key_wait(line):
+    q = await line(policy="short")
+    first = await q.try_send("k")
+    assert first[1]
+    assert await q.try_send("k") == (first[0], False)
+    assert (await q.try_send("other"))[1]
+    assert len(await q.claim()) == 2
+    second = await q.try_send("k")
+    assert second[1]
+    assert await q.claim() == [second[0]]
+    third = await q.try_send("k")
+    assert third[1]
+    await q.ask("select notifyq.cancel(%s)", third[0])
+    assert (await q.try_send("k"))[1]
+
+
+async def test_exclusive_lets_one_job_of_a_key_wait_or_be_active(line):
+    q = await line(policy="exclusive")
+    first = await q.try_send("k")
+    assert await q.try_send("k") == (first[0], False)
+    assert await q.claim() == [first[0]]
+    assert await q.try_send("k") == (first[0], False)
+    await q.ask("select notifyq.fail(%s, 'x')", first[0])
+    assert await q.try_send("k") == (first[0], False)
+    assert await q.claim() == [first[0]]
+    await q.complete(first[0])
+    assert (await q.try_send("k"))[1]
+
+
+@pytest.mark.parametrize("ending", ["cancel({})", "delete({})"])
+async def test_an_exclusive_job_that_never_starts_gives_its_key_back(line, ending):
+    q = await line(policy="exclusive")
+    first, _ = await q.try_send("k")
+    await q.ask(f"select notifyq.{ending.format(first)}")
+    assert (await q.try_send("k"))[1]
+    assert await q.ask("select count(*) from notifyq.reserved") == [(1,)]
+
+
+async def test_a_failed_exclusive_job_is_retried_only_while_nobody_has_its_key(line):
+    q = await line(policy="exclusive", retry_limit=0)
+    first, _ = await q.try_send("k")
+    await q.claim()
+    await q.ask("select notifyq.fail(%s, 'x')", first)
+    second, created = await q.try_send("k")
+    assert created
+    assert await q.ask("select notifyq.retry(%s)", first) == [(False,)]
+    await q.ask("select notifyq.cancel(%s)", second)
+    assert await q.ask("select notifyq.retry(%s)", first) == [(True,)]
+    assert await q.try_send("k") == (first, False)
+
+
+async def test_stately_has_one_waiting_and_one_active_and_a_retrying_one_keeps_the_key(line):
+    q = await line(policy="stately", retry_limit=1)
+    a, _ = await q.try_send("k")
+    assert await q.try_send("k") == (a, False)
+    assert await q.claim() == [a]
+    b, created = await q.try_send("k")
+    assert created
+    assert await q.try_send("k") == (b, False)
+    assert await q.claim() == []
+    await q.ask("select notifyq.fail(%s, 'x', retry_in => '1 hour')", a)
+    assert await q.claim() == []
+    await q.ask("select notifyq.update_job(%s, delay => '0')", a)
+    assert await q.claim() == [a]
+    await q.ask("select notifyq.fail(%s, 'x')", a)
+    assert await q.claim() == [b]
+
+
+async def test_ordered_needs_a_key(line):
+    q = await line(policy="ordered")
+    with pytest.raises(psycopg.Error, match="ordered by key, and this job has none"):
+        await q.try_send(None)
+    with pytest.raises(psycopg.Error, match="ordered by key"):
+        await q.send_many({"data": 1})
+
+
+async def test_an_active_retrying_or_failed_head_holds_back_its_key_alone(line):
+    q = await line(policy="ordered", retry_limit=1)
+    a, b, other = await q.send("k", "k", "other")
+    assert await q.claim() == [a, other]
+    assert await q.claim() == []
+    await q.ask("select notifyq.fail(%s, 'x', retry_in => '1 hour')", a)
+    assert await q.claim() == []
+    await q.ask("select notifyq.update_job(%s, delay => '0')", a)
+    assert await q.claim() == [a]
+    await q.ask("select notifyq.fail(%s, 'x')", a)
+    assert await q.claim() == []
+    assert await q.ask("select held_by from notifyq.blocked_keys") == [([a],)]
+    assert await q.ask("select notifyq.retry(%s)", a) == [(True,)]
+    assert await q.claim() == [a]
+    await q.complete(a)
+    assert await q.claim() == [b]
+
+
+@pytest.mark.parametrize("freeing", ["select notifyq.delete({})", "select notifyq.delete_all('q', 'failed')"])
+async def test_deleting_the_failed_head_of_an_ordered_key_frees_it(line, freeing):
+    q = await line(policy="ordered", retry_limit=0)
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    await q.ask("select notifyq.fail(%s, 'x')", a)
+    assert await q.claim() == []
+    await q.ask(freeing.format(a))
+    assert await q.claim() == [b]
+
+
+async def test_a_failed_head_that_is_purged_or_not_kept_frees_its_key(line):
+    q = await line(policy="ordered", retry_limit=0, retention=None)
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    await q.ask("select notifyq.fail(%s, 'x')", a)
+    await q.ask("select notifyq.update_queue('q', '{\"retention\": 1}')")
+    await q.ask("update notifyq.archive set finished_at = now() - interval '2 s'")
+    assert await q.ask("select notifyq.purge()") == [(1,)]
+    assert await q.claim() == [b]
+
+
+async def test_a_delayed_job_of_an_ordered_key_takes_its_place_when_it_is_due(line):
+    q = await line(policy="ordered")
+    late, _ = await q.try_send("k", delay="1 hour")
+    [now] = await q.send("k")
+    assert await q.claim() == [now]
+    await q.ask("update notifyq.scheduled set due_at = now() - interval '1 s'")
+    assert await q.claim() == []
+    await q.complete(now)
+    assert await q.claim() == [late]
+
+
+async def test_the_cancelled_retrying_head_frees_its_key(line):
+    q = await line(policy="ordered")
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    await q.ask("select notifyq.fail(%s, 'x', retry_in => '1 hour')", a)
+    assert await q.claim() == []
+    await q.ask("select notifyq.cancel(%s)", a)
+    assert await q.claim() == [b]
+
+
+async def test_an_active_limit_counts_the_active_jobs_of_the_queue(line):
+    q = await line(active_limit=2)
+    jobs = await q.send(*[None] * 5)
+    assert await q.claim() == jobs[:2]
+    assert await q.claim() == []
+    assert await q.states(*jobs[2:]) == ["ready"] * 3
+    await q.complete(jobs[0])
+    assert await q.claim() == [jobs[2]]
+
+
+async def test_a_rate_limits_starts_and_says_when_the_next_one_is(line, ask):
+    q = await line(rate_limit=2, rate_period=60)
+    jobs = await q.send(*[None] * 3)
+    assert await q.claim() == jobs[:2]
+    assert await q.claim() == []
+    [(due,)] = await ask("select extract(epoch from notifyq.next_due(number) - now()) from notifyq.queue")
+    assert 58 < due <= 61
+    await q.complete(*jobs[:2])
+    assert await q.claim() == []
+    await ask("update notifyq.gate set starts = array[starts[1] - 101]")
+    assert await q.claim() == [jobs[2]]
+
+
+async def test_a_rate_by_key_lets_the_next_start_when_it_is_due_and_holds_back_no_other_key(line, ask):
+    q = await line(key_rate_limit=2, key_rate_period=60)
+    jobs = await q.send(*"aaaaab")
+    assert await q.claim() == [jobs[0], jobs[1], jobs[5]]
+    assert await q.states(*jobs[2:5]) == ["scheduled", "blocked", "blocked"]
+    await q.complete(jobs[0])
+    assert await q.claim() == []
+    late = await q.send("a")
+    assert await q.claim() == []
+    assert await q.states(*jobs[2:5], *late) == ["scheduled", "blocked", "blocked", "blocked"]
+    await ask("update notifyq.key set starts = array[starts[1] - 101], turn_at = null where key = 'a'")
+    await ask("update notifyq.scheduled set due_at = now()")
+    assert await q.claim() == [jobs[2], jobs[3]]
+    assert await q.states(jobs[4], *late) == ["scheduled", "blocked"]
+
+
+async def test_keys_of_a_fair_queue_take_turns(line):
+    q = await line(fair=True)
+    many = await q.send(*"a" * 50)
+    [one] = await q.send("b")
+    assert await q.claim(2) == [many[0], one]
+    assert await q.claim(3) == many[1:4]
+    two = await q.send("b", "b")
+    order = [job for _ in range(4) for job in await q.claim(1)]
+    assert sorted(order) == sorted([many[4], many[5], *two])
+    assert await q.claim(100) == many[6:]
+
+
+async def test_a_bulk_send_of_one_key_delays_no_other_key_of_a_fair_queue(line, ask):
+    q = await line(fair=True)
+    await q.send_many(*[{"key": "a"} for _ in range(1000)])
+    assert await ask("select count(*) from notifyq.ready") == [(1,)]
+    [one] = await q.send("b")
+    assert one in await q.claim(2)
+
+
+async def test_ageing_lets_a_low_priority_overtake_in_time(line, ask):
+    q = await line(ageing=1)
+    old, _ = await q.try_send(None, priority=0)
+    new, _ = await q.try_send(None, priority=5)
+    assert await ask("select job from notifyq.ready order by priority desc, number") == [(new,), (old,)]
+    await ask("update notifyq.ready set number = number - 10 * 1000 * 1048576::bigint where job = %s", old)
+    assert await q.claim() == [old, new]
+
+
+async def test_a_throttle_makes_one_job_a_slot_and_names_it(line, ask):
+    q = await line()
+    first, created = await q.try_send("k", throttle="1 year")
+    assert created
+    assert await q.try_send("k", throttle="1 year") == (first, False)
+    assert (await q.try_send("other", throttle="1 year"))[1]
+    await q.claim()
+    await q.complete(first)
+    assert await q.try_send("k", throttle="1 year") == (first, False)
+    await ask("update notifyq.reserved set slot = slot - 1")
+    assert (await q.try_send("k", throttle="1 year"))[1]
+
+
+async def test_a_debounce_makes_one_more_job_in_the_next_slot_with_the_latest_data(line, ask):
+    q = await line()
+    first, created = await q.try_send("k", debounce="1 year", data="1")
+    second, also = await q.try_send("k", debounce="1 year", data="2")
+    assert (created, also) == (True, True)
+    assert await q.try_send("k", debounce="1 year", data="3") == (second, False)
+    assert await q.states(first, second) == ["ready", "scheduled"]
+    [(data, aligned)] = await ask(
+        "select data, extract(epoch from due_at) %% extract(epoch from interval '1 year') = 0 from notifyq.jobs where id = %s",
+        second,
+    )
+    assert (data, aligned) == (3, True)
+
+
+async def test_refused_sends_leave_nothing_behind(line, ask):
+    q = await line(policy="exclusive")
+    first, _ = await q.try_send("k")
+    assert await q.try_send("k", id_key="i") == (first, False)
+    assert await ask("select count(*) from notifyq.id_key") == [(0,)]
+    await q.try_send("t", throttle="1 year")
+    await q.claim()
+    await ask("select notifyq.delete_all('q', 'active')")
+    assert (await q.try_send("t", throttle="1 year"))[1] is False
+    assert await ask("select kind::text, count(*) from notifyq.reserved group by kind") == [("t", 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "fifo"}, "'fifo' is not a policy"),
+        ({"key_limit": 0}, "limit must be 1 or more"),
+        ({"active_limit": -1}, "limit must be 1 or more"),
+        ({"rate_limit": 0, "rate_period": 1}, "limit must be 1 or more"),
+        ({"rate_limit": 5}, "go together"),
+        ({"key_rate_period": 5}, "go together"),
+        ({"rate_limit": 5, "rate_period": 0}, "period of a rate"),
+        ({"rate_limit": 5, "rate_period": -1}, "period of a rate"),
+        ({"policy": "singleton", "key_limit": 2}, "is a key_limit of 1"),
+        ({"fair": True, "ageing": 1}, "exclude each other"),
+        ({"ageing": 0}, "out of its range"),
+    ],
+)
+async def test_rules_that_cannot_be_are_refused_in_words(line, ask, options, message):
+    with pytest.raises(psycopg.Error, match=message) as caught:
+        await line(**options)
+    assert caught.value.sqlstate == "NQ003"
+    assert await ask("select count(*) from notifyq.queue") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("throttle => '0'", "from 1 millisecond to a year"),
+        ("debounce => '-1 s'", "from 1 millisecond to a year"),
+        ("throttle => '2 years'", "from 1 millisecond to a year"),
+        ("throttle => '1 s', debounce => '1 s'", "exclude each other"),
+        ("debounce => '1 s', delay => '1 s'", "exclude each other"),
+        ("key => repeat('x', 1001)", "key of 1001 bytes"),
+    ],
+)
+async def test_bad_arguments_of_a_send_are_refused_in_words(line, ask, arguments, message):
+    await line()
+    with pytest.raises(psycopg.Error, match=message) as caught:
+        await ask(f"select notifyq.send('q', {arguments})")
+    assert caught.value.sqlstate == "NQ003"
+
+
+async def test_the_policy_cannot_be_changed_while_jobs_stand(line, ask):
+    q = await line()
+    [job] = await q.send("k")
+    with pytest.raises(psycopg.Error, match="the policy is standard while it has"):
+        await ask("select notifyq.update_queue('q', '{\"policy\": \"ordered\"}')")
+    await q.claim()
+    await q.complete(job)
+    await ask("select notifyq.update_queue('q', '{\"policy\": \"ordered\"}')")
+
+
+async def test_limits_changed_while_jobs_stand_hold_from_then_on(line, ask):
+    q = await line()
+    jobs = await q.send(*"aaaaaa")
+    assert await q.claim(2) == jobs[:2]
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": 3}')")
+    assert await q.claim() == [jobs[2]]
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": 5}')")
+    assert await q.claim() == jobs[3:5]
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": 2}')")
+    await q.complete(*jobs[:3])
+    assert await q.claim() == []
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": null}')")
+    assert await q.claim() == [jobs[5]]
+
+
+async def test_a_lowered_limit_does_not_stall_when_it_is_reached_again(line, ask):
+    q = await line(key_limit=3)
+    jobs = await q.send(*"aaaaaaa")
+    assert await q.claim() == jobs[:3]
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": 1}')")
+    assert await q.claim() == []
+    await q.complete(*jobs[:3])
+    for job in jobs[3:]:
+        assert await q.claim() == [job]
+        await q.complete(job)
+
+
+async def test_redrive_leaves_what_an_exclusive_key_refuses(line, ask):
+    await ask("select notifyq.create_queue('dead')")
+    q = await line(policy="exclusive", retry_limit=0, dead_letter="dead")
+    first, _ = await q.try_send("k")
+    await q.claim()
+    await ask("select notifyq.fail(%s, 'x')", first)
+    second, _ = await q.try_send("k")
+    assert await ask("select * from notifyq.redrive('dead')") == []
+    await ask("select notifyq.cancel(%s)", second)
+    [(_, queue, new)] = await ask("select * from notifyq.redrive('dead')")
+    assert queue == "q"
+    assert await q.try_send("k") == (new, False)
