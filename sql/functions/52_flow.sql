@@ -99,6 +99,14 @@ begin
         raise exception 'a flow needs a name of its own for each job: % is given to %', coalesce(quote_literal(wrong.name), 'null'), wrong.count
         using errcode = 'NQ003';
     end if;
+    select e.value ->> 'name' as name into wrong
+    from jsonb_array_elements(flow_order.jobs) e
+    where jsonb_typeof(e.value -> 'after') not in ('array', 'null')
+    or jsonb_path_exists(e.value, '$.after[*] ? (@.type() != "string" && @.type() != "number")')
+    limit 1;
+    if found then
+        raise exception 'after of job % of the flow must be an array of names or ids', quote_literal(wrong.name) using errcode = 'NQ003';
+    end if;
     select e.value ->> 'name' as child, p.value #>> '{}' as parent into wrong
     from jsonb_array_elements(flow_order.jobs) e
     cross join lateral jsonb_array_elements(case jsonb_typeof(e.value -> 'after') when 'array' then e.value -> 'after' else '[]' end) p
