@@ -34,7 +34,8 @@ from ._errors import (
     ServerTrouble,
     UnknownQueue,
 )
-from ._models import Job, JobRecord, NewJob, SendOptions, Sent
+from ._flow import Flow, SentFlow, Step
+from ._models import FlowJob, Job, JobRecord, NewJob, Parent, SendOptions, Sent
 from ._queue import BatchResult, Queue
 from ._runtime import Runtime, run
 from ._schema import VERSION as __version__
@@ -47,6 +48,8 @@ __all__ = [
     "ConnectionLost",
     "Discard",
     "Fail",
+    "Flow",
+    "FlowJob",
     "InvalidData",
     "InvalidOption",
     "Job",
@@ -57,14 +60,17 @@ __all__ = [
     "MissingPrivilege",
     "NewJob",
     "NotifyqError",
+    "Parent",
     "Queue",
     "Retry",
     "Runtime",
     "SchemaMismatch",
     "SendOptions",
     "Sent",
+    "SentFlow",
     "ServerTrouble",
     "Snooze",
+    "Step",
     "UnknownQueue",
     "__version__",
     "connect",

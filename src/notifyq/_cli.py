@@ -18,6 +18,7 @@ import trio
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from . import _schema
 from ._client import Client
@@ -31,7 +32,7 @@ from ._sql import check_schema_name, translated
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-    from ._models import SendOptions
+    from ._models import FlowJob, SendOptions
 
 T = TypeVar("T")
 
@@ -190,11 +191,31 @@ def jobs(target: Target, queue: str | None, state: str | None, limit: int, as_js
 @click.pass_obj
 def show_job(target: Target, job: int, as_json: bool) -> None:
     """All that is known of a job."""
-    row = attrs.asdict(target.ask(lambda nq: nq.get(job)))
+
+    async def ask(nq: Client) -> tuple[dict[str, Any], list[FlowJob]]:
+        return attrs.asdict(await nq.get(job)), await nq.flow(job)
+
+    row, flow = target.ask(ask)
     if as_json:
-        show([row], True, "", single=True)
-    else:
-        show([{"field": key, "value": value} for key, value in row.items() if value is not None], False, f"job {job}")
+        show([row | {"flow_jobs": [attrs.asdict(each) for each in flow]}], True, "", single=True)
+        return
+    show([{"field": key, "value": value} for key, value in row.items() if value is not None], False, f"job {job}")
+    if flow:
+        Console().print(flow_tree(flow, job))
+
+
+def flow_tree(flow: Iterable[FlowJob], shown: int) -> Tree:
+    """A flow as a tree: below each job what comes after it. One that comes after several is told in full below the last."""
+    flow = list(flow)
+    tree = Tree(f"flow of {len(flow)} jobs")
+    places: dict[int, Tree] = {}
+    for each in flow:  # by id, so parents come first
+        label = Text(f"{each.name}  {each.state}  {each.id}", style="bold" if each.id == shown else "")
+        known = [parent for parent in each.after if parent in places]
+        for parent in known[:-1]:
+            places[parent].add(Text(f"{each.name}  (see below)", style="dim"))
+        places[each.id] = (places[known[-1]] if known else tree).add(label)
+    return tree
 
 
 def _operation(name: str, verb: str, text: str) -> None:

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from ._codec import from_json, to_json
 from ._errors import InvalidData, InvalidOption, JobFailed, LeaseLost
+from ._flow import Flow, SentFlow
 from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent
 from ._operator import Operator, declared, job_id
 from ._queue import Queue, job_of
 from ._results import Results, has_finished
-from ._sql import flag, seconds, whole
+from ._sql import KEY_MAX, flag, plain_options, seconds, text, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import timedelta
+    from datetime import datetime, timedelta
 
     from ._connection import TrioConnection
     from ._listener import Listener
@@ -92,6 +93,40 @@ class Client(Operator):
         return [Sent(job_id, created, queue) for job_id, created in rows]
 
     # look
+
+    async def send_flow(self, flow: Flow, /, *, connection: TrioConnection | None = None) -> SentFlow:
+        """Send jobs that wait for each other, all or none.
+
+        A job starts within milliseconds of the end of the last one that it comes after, in whichever process.
+
+        Raises ``UnknownQueue``; ``InvalidOption`` for an empty flow, a job before it that does not exist or has failed, and
+        a job whose key its queue's policy has taken.
+        """
+        if not isinstance(flow, Flow):
+            raise InvalidOption(f"send_flow takes a notifyq.Flow, not {flow!a:.100}")
+        async with self._on(connection) as on:
+            return flow.sent(await self._store.flows.send_flow(on, flow.as_json()))
+
+    async def upsert(
+        self,
+        queue: Queue[In, Out],
+        data: In,
+        /,
+        *,
+        key: str,
+        priority: int | None = None,
+        delay: float | timedelta | datetime | None = None,
+        connection: TrioConnection | None = None,
+    ) -> Sent[Out]:
+        """Edit the job of this key that waits, or send one, atomically; ``created`` says which. Raises as ``send``."""
+        encoded = declared(queue).encode(data)
+        text(key, "key", at_most=KEY_MAX)
+        plain = plain_options({"priority": priority, "delay": delay})
+        async with self._on(connection) as on:
+            job, created = await self._store.flows.upsert(
+                on, queue.name, key, encoded, priority, plain.get("delay"), plain.get("due_at")
+            )
+        return Sent(job, created, queue)
 
     async def get(self, job: Sent[Any] | int) -> JobRecord:
         """Look at a job in any state. Raises ``JobNotFound``."""

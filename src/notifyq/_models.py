@@ -27,6 +27,7 @@ __all__ = [
     "Completed",
     "Discarded",
     "Failed",
+    "FlowJob",
     "In",
     "Job",
     "JobHandle",
@@ -34,6 +35,7 @@ __all__ = [
     "NewJob",
     "Out",
     "Outcome",
+    "Parent",
     "QueueInfo",
     "Released",
     "SendOptions",
@@ -137,6 +139,10 @@ class Job(Generic[In]):
         """The runtime's client, to send further jobs."""
         return self._running().client
 
+    async def parents(self) -> dict[str, Parent]:
+        """The jobs that this one came after in its flow, by name, with their outputs."""
+        return {parent.name: parent for parent in await self.client.parents(self.id)}
+
     async def progress(self, progress: Any) -> None:
         """Store a JSON value that ``notifyq.jobs`` shows while the job runs. Raises ``LeaseLost`` if it is not ours now."""
         await self._running().progress(self, progress)
@@ -184,6 +190,34 @@ class JobRecord:
     id_key: str | None
     headers: dict[str, Any] | None
     provenance: dict[str, Any] | None
+
+
+@attrs.frozen
+class Parent:
+    """A job that another one came after."""
+
+    id: int
+    name: str
+    """Its name in the flow; if it was sent before the flow, its id."""
+    queue: str | None
+    """None: it is no longer kept."""
+    state: str
+    """``completed``, ``failed``, ``cancelled`` or ``deleted``; ``waiting``: it has not ended."""
+    output: Any
+    """What it returned, as JSON has it, while it is kept."""
+
+
+@attrs.frozen
+class FlowJob:
+    """A job of a flow."""
+
+    id: int
+    name: str
+    queue: str | None
+    state: str
+    """As ``JobRecord``'s, or ``forgotten``: it is no longer kept."""
+    after: list[int]
+    """The ids of the jobs it comes after."""
 
 
 @attrs.frozen

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ._codec import to_json
 from ._errors import ClientClosed, InvalidOption
-from ._models import In, JobRecord, Out, Sent, State
+from ._models import FlowJob, In, JobRecord, Out, Parent, Sent, State
 from ._queue import Queue
-from ._sql import flag, text, whole
+from ._sql import KEY_MAX, flag, plain_options, text, whole
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from datetime import datetime, timedelta
 
     from ._connection import TrioConnection
     from ._pool import Pool
@@ -111,7 +112,77 @@ class Operator:
         async with self.connection() as connection:
             return await self._store.view(connection, "runtimes")
 
+    async def blocked_keys(self) -> list[dict[str, Any]]:
+        """The rows of ``notifyq.blocked_keys``: what holds jobs back."""
+        async with self.connection() as connection:
+            return await self._store.view(connection, "blocked_keys")
+
+    async def parents(self, job: Sent[Any] | int) -> list[Parent]:
+        """The jobs that a job came after in its flow, with their outputs."""
+        async with self.connection() as connection:
+            return await self._store.flows.parents(connection, job_id(job))
+
+    async def flow(self, job: Sent[Any] | int) -> list[FlowJob]:
+        """All jobs of the flow that a job belongs to; none if it belongs to none."""
+        async with self.connection() as connection:
+            return await self._store.flows.flow(connection, job_id(job))
+
     # operate
+
+    async def update_job(
+        self,
+        job: Sent[Any] | int | None = None,
+        /,
+        *,
+        queue: ANY | str | None = None,
+        key: str | None = None,
+        id_key: str | None = None,
+        data: Any = None,
+        priority: int | None = None,
+        delay: float | timedelta | datetime | None = None,
+        connection: TrioConnection | None = None,
+    ) -> int | None:
+        """Edit a job that waits: its data, its priority, when it starts; what is None stays. An active one is never edited.
+
+        Args:
+            job: which, or
+            queue: with ``key`` (the one of that key that is next in line) or ``id_key``.
+            data: of the queue's declared type, if that is known here.
+            priority: see ``SendOptions``.
+            delay: see ``SendOptions``; 0 starts a delayed job at once.
+            connection: edit in the transaction that is open on this connection.
+
+        Returns:
+            The job's id, or None if none waits.
+
+        Raises:
+            InvalidOption: it is named in no way or in two, or a bad value.
+            InvalidData: it is not of the queue's type, not JSON, or too large.
+            UnknownQueue: there is no such queue.
+        """
+        named = sum(value is not None for value in (job, key, id_key))
+        if named != 1 or (job is None) != (queue is not None):
+            raise InvalidOption("name the job by its id alone, or by queue and key, or by queue and id_key")
+        for name, value in (("key", key), ("id_key", id_key)):
+            if value is not None:
+                text(value, name, at_most=KEY_MAX)
+        declaration = job.queue if isinstance(job, Sent) else queue
+        encoded = None
+        if data is not None:
+            encoded = declaration.encode(data) if isinstance(declaration, Queue) else to_json(data)
+        plain = plain_options({"priority": priority, "delay": delay})
+        async with self._on(connection) as on:
+            return await self._store.flows.update_job(
+                on,
+                None if job is None else job_id(job),
+                None if queue is None else queue_name(queue),
+                key,
+                id_key,
+                encoded,
+                priority,
+                plain.get("delay"),
+                plain.get("due_at"),
+            )
 
     async def cancel(self, *jobs: Sent[Any] | int) -> list[int]:
         """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""

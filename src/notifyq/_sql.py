@@ -33,8 +33,10 @@ __all__ = [
     "check_options",
     "check_schema_name",
     "flag",
+    "flow_entry",
     "is_connection_loss",
     "many_entry",
+    "plain_options",
     "raise_as_ours",
     "seconds",
     "send_call",
@@ -192,7 +194,7 @@ def _headers(value: Any) -> Any:
     return value
 
 
-def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as plain numbers and texts: durations in seconds, the moment of a delay as ``due_at``."""
     check_options(options, SEND_OPTIONS, "send")
     plain: dict[str, Any] = {}
@@ -216,7 +218,7 @@ def send_parameters(queue: str, data: str, options: Mapping[str, Any]) -> tuple[
     """The parameters of ``send_call`` and ``send_statement``. ``data`` is JSON text. Raises ``InvalidOption``."""
     if not options:
         return (queue, None if data == "null" else data, *_NO_OPTIONS)
-    plain = _plain_options(options)
+    plain = plain_options(options)
     for name in (*_DURATIONS, "delay"):
         if name in plain:
             plain[name] = f"{plain[name]} s"
@@ -234,8 +236,16 @@ def many_entry(data: str, options: Mapping[str, Any]) -> str:
     """One element of the JSON array that ``send_many`` takes. ``data`` is JSON text. Raises ``InvalidOption``."""
     if not options:
         return f'{{"data":{data}}}'
-    plain = _plain_options(options)
+    plain = plain_options(options)
     return f'{{"data":{data},{to_json(plain)[1:]}' if plain else f'{{"data":{data}}}'
+
+
+def flow_entry(
+    name: str, queue: str, data: str, after: list[str | int], on_failure: str, options: Mapping[str, Any]
+) -> str:
+    """One element of the JSON array that ``send_flow`` takes. ``data`` is JSON text. Raises ``InvalidOption``."""
+    place = {"name": name, "queue": queue, "after": after, "on_failure": on_failure}
+    return f'{{"data":{data},{to_json(place | plain_options(options))[1:]}'
 
 
 def send_call(function: str, placeholder: str) -> str:

@@ -13,6 +13,7 @@ from psycopg import sql
 from ._calls import Bound, Calls, intervals
 from ._models import Beat, Claimed, JobRecord, QueueInfo
 from ._sql import many_entry, send_call, send_parameters, translated
+from ._store_flows import Flows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,7 @@ class Store:
     def __init__(self, schema: str) -> None:
         self.schema = schema
         self._calls = Calls(schema)
+        self.flows = Flows(self._calls)
 
     # queues
 

@@ -1,0 +1,302 @@
+"""Keys, limits and flows in running runtimes, the poll set to an hour: what may start is woken by the bell or a due time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import trio
+
+import notifyq
+from notifyq import Job, Queue, events
+
+
+class Running:
+    """Counts what runs at once."""
+
+    def __init__(self) -> None:
+        self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.order: list[tuple[str, int]] = []
+        self.starts: list[float] = []
+
+    async def run(self, key: str, number: int, seconds: float = 0.002) -> None:
+        self.starts.append(trio.current_time())
+        self.order.append((key, number))
+        for counted in (key, "all"):
+            self.now[counted] += 1
+            self.most[counted] = max(self.most[counted], self.now[counted])
+        await trio.sleep(seconds)
+        for counted in (key, "all"):
+            self.now[counted] -= 1
+
+
+def keyed(running: Running, **options: Any) -> Queue[int, int]:
+    queue = Queue("q", int, int, retention=3600, retry_delay=0, **options)
+
+    @queue.worker(concurrency=20, poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        await running.run(job.key or "", job.data)
+        return job.data
+
+    return queue
+
+
+@pytest.mark.parametrize("options", [{"policy": "singleton"}, {"key_limit": 3}, {"policy": "ordered"}])
+async def test_keys_are_held_to_their_limit_by_two_runtimes_and_each_job_runs_once(start, nq, options):
+    running = Running()
+    first = await start(keyed(running, **options))
+    second = await start(keyed(running, **options))
+    jobs = [notifyq.NewJob(number, {"key": f"k{number % 5}"}) for number in range(300)]
+    with trio.fail_after(60):
+        for begin in range(0, 300, 50):
+            sent = await nq.send_many(Queue("q", int, int), jobs[begin : begin + 50])
+        for job in sent:
+            await nq.result(job)
+        while len(first.of(events.JobCompleted)) + len(second.of(events.JobCompleted)) < 300:
+            await trio.sleep(0.01)
+    limit = options.get("key_limit", 1)
+    assert all(running.most[f"k{n}"] <= limit for n in range(5))
+    assert sorted(number for _, number in running.order) == list(range(300))
+    if options.get("policy") == "ordered":
+        for n in range(5):
+            assert [number for key, number in running.order if key == f"k{n}"] == list(range(n, 300, 5))
+
+
+async def test_a_queues_limit_holds_for_two_runtimes_together(start, nq):
+    running = Running()
+    for _ in range(2):
+        await start(keyed(running, active_limit=3))
+    with trio.fail_after(30):
+        for job in await nq.send_many(Queue("q", int, int), range(200)):
+            await nq.result(job)
+    assert running.most["all"] == 3
+
+
+async def test_a_freed_key_starts_its_next_job_at_once(start, nq):
+    running = Running()
+    await start(keyed(running, policy="singleton"))
+    queue = Queue("q", int, int)
+    with trio.fail_after(10):  # a poll is an hour away, a beat 5 s for each
+        sent = [await nq.send(queue, number, key="k") for number in range(30)]
+        for job in sent:
+            await nq.result(job)
+    assert [number for _, number in running.order] == list(range(30))
+
+
+async def test_a_rate_holds_for_two_runtimes_together_and_its_next_start_is_a_due_time(start, nq):
+    running = Running()
+    for _ in range(2):
+        await start(keyed(running, rate_limit=5, rate_period=0.5))
+    with trio.fail_after(20):
+        for job in await nq.send_many(Queue("q", int, int), range(20)):
+            await nq.result(job)
+    # 20 starts are four periods' worth; a handler starts a little after its claim
+    assert 1.4 < running.starts[-1] - running.starts[0] < 4
+
+
+async def test_a_rate_by_key_is_a_due_time_too(start, nq):
+    running = Running()
+    await start(keyed(running, key_rate_limit=2, key_rate_period=0.3))
+    queue = Queue("q", int, int)
+    with trio.fail_after(20):
+        slow = [await nq.send(queue, number, key="slow") for number in range(8)]
+        other = await nq.send(queue, 100, key="other")
+        await nq.result(other)
+        assert len(running.order) <= 4
+        for job in slow:
+            await nq.result(job)
+    assert [number for key, number in running.order if key == "slow"] == list(range(8))
+    assert running.starts[-1] - running.starts[0] > 0.8
+
+
+async def test_a_raised_limit_is_felt_at_once(start, nq):
+    queue = Queue("q", int, int, key_limit=1)
+    started = trio.Event()
+    go = trio.Event()
+    count = 0
+
+    @queue.worker(poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        nonlocal count
+        count += 1
+        if count == 3:
+            started.set()
+        await go.wait()
+        return job.data
+
+    seen = await start(queue)
+    await nq.send_many(queue, range(3))
+    await seen.wait(events.JobClaimed)
+    with trio.fail_after(3):
+        await nq.update_queue(Queue("q", int, int, key_limit=3))
+        await started.wait()
+    go.set()
+
+
+async def test_one_tenants_jobs_do_not_delay_anothers(start, nq):
+    running = Running()
+    queue = keyed(running, fair=True)
+    await nq.create_queue(queue)
+    await nq.send_many(queue, [notifyq.NewJob(n, {"key": "many"}) for n in range(2000)])
+    one = await nq.send(queue, -1, key="one")
+    await start(queue)
+    with trio.fail_after(30):
+        await nq.result(one)
+    assert [number for _, number in running.order].index(-1) < 100
+
+
+async def test_a_flow_runs_in_order_and_children_read_their_parents(start, nq):
+    fetch = Queue("fetch", str, str)
+    merge = Queue("merge", str, str)
+
+    @fetch.worker(poll_interval=3600)
+    async def do_fetch(job: Job[str]) -> str:
+        return job.data.upper()
+
+    @merge.worker(poll_interval=3600)
+    async def do_merge(job: Job[str]) -> str:
+        parents = await job.parents()
+        return job.data + "".join(parents[name].output for name in sorted(parents))
+
+    await start(fetch, merge)
+    flow = notifyq.Flow()
+    a, b = (flow.add(fetch, name, name=name) for name in "ab")
+    last = flow.add(merge, "=", after=[a, b], name="last")
+    with trio.fail_after(5):
+        sent = await nq.send_flow(flow)
+        assert await nq.result(sent[last]) == "=AB"
+    assert sent.jobs["a"] == sent[a]
+    assert [(job.name, job.state, job.after) for job in await nq.flow(sent[a])] == [
+        ("a", "completed", []),
+        ("b", "completed", []),
+        ("last", "completed", [sent[a].id, sent[b].id]),
+    ]
+
+
+async def test_a_wide_flow_fans_out_and_in_and_ends_whatever_failed(start, nq):
+    part = Queue("part", int, int, retry_limit=0)
+    done = Queue("done", str, int)
+
+    @part.worker(poll_interval=3600, concurrency=20)
+    async def do_part(job: Job[int]) -> int:
+        if job.data % 7 == 0:
+            raise ValueError("seven")
+        return job.data
+
+    @done.worker(poll_interval=3600)
+    async def do_done(job: Job[str]) -> int:
+        return sum(parent.state == "failed" for parent in (await job.parents()).values())
+
+    await start(part, done)
+    flow = notifyq.Flow()
+    first = flow.add(part, 1)
+    parts = [flow.add(part, number, after=[first]) for number in range(200)]
+    end = flow.add(done, "all", after=parts, on_failure="run")
+    with trio.fail_after(20):
+        sent = await nq.send_flow(flow)
+        assert await nq.result(sent[end]) == len(range(0, 200, 7))
+
+
+async def test_upsert_and_update_job_wake_a_worker(start, nq):
+    running = Running()
+    queue = keyed(running)
+    await start(queue)
+    with trio.fail_after(5):
+        sent = await nq.upsert(queue, 1, key="k", delay=3600)
+        again = await nq.upsert(queue, 2, key="k")
+        assert (sent.created, again.created, again.id) == (True, False, sent.id)
+        assert await nq.update_job(sent, data=3, delay=0) == sent.id
+        assert await nq.result(sent) == 3
+    assert await nq.update_job(sent, data=4) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "fifo"}, "policy must be one of"),
+        ({"policy": 1}, "policy must be one of"),
+        ({"key_limit": 0}, "key_limit must be an int"),
+        ({"active_limit": 1.5}, "active_limit must be an int"),
+        ({"rate_limit": -1, "rate_period": 1}, "rate_limit must be an int"),
+        ({"rate_limit": 1, "rate_period": 0}, "rate_period must be from 0.01"),
+        ({"key_rate_limit": 1, "key_rate_period": 1e9}, "key_rate_period must be from 0.01"),
+        ({"ageing": 0}, "ageing must be from 0.001"),
+        ({"fair": 1}, "fair must be True or False"),
+    ],
+)
+async def test_rules_that_cannot_be_are_refused_where_the_queue_is_declared(options, message):
+    with pytest.raises(notifyq.InvalidOption, match=message):
+        Queue("q", **options)
+
+
+async def test_rules_that_contradict_each_other_are_refused_when_the_queue_is_made(nq):
+    with pytest.raises(notifyq.InvalidOption, match="key_limit of 1"):
+        await nq.create_queue(Queue("q", policy="singleton", key_limit=2))
+    with pytest.raises(notifyq.InvalidOption, match="go together"):
+        await nq.create_queue(Queue("q", rate_limit=2))
+    await nq.create_queue(Queue("q", policy="ordered"))
+    with pytest.raises(notifyq.InvalidOption, match="ordered by key"):
+        await nq.send(Queue("q"), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": 1}, "key must be text"),
+        ({"key": "x" * 1001}, "at most 1000 bytes"),
+        ({"throttle": 0}, "throttle must be from 0.001"),
+        ({"debounce": -1}, "debounce must be from 0.001"),
+        ({"throttle": 1, "debounce": 1}, "exclude each other"),
+        ({"singleton_key": "k"}, "key, with the queue's policy"),
+    ],
+)
+async def test_bad_options_of_a_keyed_send_are_refused(nq, options, message):
+    with pytest.raises(notifyq.InvalidOption, match=message):
+        await nq.send(Queue("q"), 1, **options)
+
+
+async def test_a_flow_that_cannot_be_is_refused_where_it_is_built(nq):
+    queue = Queue("q", int, int)
+    flow = notifyq.Flow()
+    step = flow.add(queue, 1, name="a")
+    other = notifyq.Flow()
+    for build, message in (
+        (lambda: flow.add(queue, 1, name="a"), "a name of its own"),
+        (lambda: flow.add(queue, 1, name=""), "a name of its own"),
+        (lambda: other.add(queue, 1, after=[step]), "not in this flow"),
+        (lambda: flow.add(queue, 1, after=["a"]), "must be an int"),  # type: ignore[list-item]
+        (lambda: flow.add(queue, 1, on_failure="stop"), "cancel, run or wait"),  # type: ignore[arg-type]
+        (lambda: flow.add("q", 1), "declaration"),  # type: ignore[arg-type]
+        (lambda: flow.add(queue, 1, throttle=1), "can't have throttle"),
+        (lambda: flow.add(queue, 1, prio=1), "no option 'prio'"),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(notifyq.InvalidOption, match=message):
+            build()
+    assert len(flow) == 1
+    with pytest.raises(notifyq.InvalidOption, match="one job or more"):
+        await nq.send_flow(other)
+    with pytest.raises(notifyq.InvalidOption, match=r"takes a notifyq\.Flow"):
+        await nq.send_flow([step])
+
+
+async def test_edits_that_cannot_be_are_refused(nq):
+    queue = Queue("q", int, int)
+    await nq.create_queue(queue)
+    for arguments, options, message in (
+        ((), {}, "by its id alone"),
+        ((1,), {"key": "k", "queue": "q"}, "by its id alone"),
+        ((1,), {"queue": "q"}, "by its id alone"),
+        ((), {"key": "k"}, "by its id alone"),
+        ((1,), {"priority": 1e9}, "priority must be an int"),
+        (("one",), {}, "must be an int"),
+        ((), {"queue": "q", "key": 1}, "key must be text"),
+    ):
+        with pytest.raises(notifyq.InvalidOption, match=message):
+            await nq.update_job(*arguments, **options)
+    sent = await nq.send(queue, 1)
+    with pytest.raises(notifyq.InvalidData):
+        await nq.update_job(sent, data="no number")
+    with pytest.raises(notifyq.InvalidOption, match="key must be text"):
+        await nq.upsert(queue, 1, key=None)  # type: ignore[arg-type]
