@@ -249,7 +249,7 @@ begin
     then
         return;
     end if;
-    perform from notifyq.gate g where g.queue = q.number for update;
+    perform notifyq.lock_gate(q.number);
     if q.gated then
         update notifyq.active a
         set key = coalesce(j.key, '')

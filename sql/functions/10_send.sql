@@ -225,6 +225,7 @@ create or replace function notifyq.send_one(
     flow bigint default null,
     parents int default 0,
     on_failure text default 'cancel',
+    number bigint default nextval('notifyq.job_id_seq'),
     out id bigint,
     out created boolean
 )
@@ -255,7 +256,7 @@ begin
         perform notifyq.key_options_fit(q, send_one.key, send_one.throttle, send_one.debounce, due is not null);
     end if;
 
-    send_one.id := nextval('notifyq.job_id_seq');
+    send_one.id := send_one.number;
     send_one.created := true;
     if send_one.id_key is not null then
         perform notifyq.key_fits(send_one.id_key, 'id_key');
@@ -286,8 +287,8 @@ begin
             standing := notifyq.reserve(q.number, 'd', slot_key, slot + 1, send_one.id, to_timestamp((slot + 2) * period));
             if standing = send_one.id then
                 due := to_timestamp((slot + 1) * period);
-            elsif notifyq.lock_waiting(standing) is not null then
-                update notifyq.job j set data = send_one.data where j.id = standing;
+            else
+                perform notifyq.edit(standing, coalesce(send_one.data, 'null'), null, null, null);
             end if;
         end if;
     end if;
@@ -402,10 +403,11 @@ begin
         order by job.id;
         return;
     end if;
-    -- What is reserved by key is sent one by one.
+    -- What is reserved by key is sent one by one, and in the order of the keys, as in send_each().
     if q.policy in ('short', 'stately', 'exclusive') or exists (select from jsonb_array_elements(send_many.jobs) e where e.value ?| '{throttle,debounce}') then
         return query
-        select s.id, s.created
+        with entry as materialized (
+        select e.*, nextval('notifyq.job_id_seq') as number
         from rows from (jsonb_to_recordset(send_many.jobs) as (
             data jsonb, priority int, delay jsonb, due_at timestamptz, retry_limit int, retry_delay jsonb, retry_delay_max jsonb,
             retry_backoff boolean, timeout jsonb, expire_in jsonb, headers jsonb, id_key text, key text, throttle jsonb, debounce jsonb
@@ -413,10 +415,18 @@ begin
             data, priority, delay, due_at, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expire_in, headers, id_key, key,
             throttle, debounce, place
         )
+        order by e.place
+        ), sent as materialized (
+        select e.place, s.id, s.created
+        from (select * from entry order by id_key, key, place) e
         cross join lateral notifyq.send_one(q, nullif(e.data, 'null'), e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit,
             notifyq.duration(e.retry_delay), notifyq.duration(e.retry_delay_max), e.retry_backoff, notifyq.duration(e.timeout),
-            notifyq.duration(e.expire_in), nullif(e.headers, 'null'), e.id_key, e.key, notifyq.duration(e.throttle), notifyq.duration(e.debounce)) s
-        order by e.place;
+            notifyq.duration(e.expire_in), nullif(e.headers, 'null'), e.id_key, e.key, notifyq.duration(e.throttle), notifyq.duration(e.debounce),
+            number => e.number) s
+        )
+        select s.id, s.created
+        from sent s
+        order by s.place;
         return;
     end if;
     return query

@@ -65,7 +65,7 @@ $$;
 -- from the beginning. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
 -- but fail as 'expired'; with many of those a claim may return fewer than there are.
 --
--- Locks: the runtime's row (key share), then tickets in order. Tickets locked by others are
+-- Locks: the runtime's row (key share), the gate, then tickets in order. Tickets locked by others are
 -- stepped over. The job is read in a later statement than the one that locks its ticket, so
 -- that an edit committed in between is seen.
 create or replace function notifyq.claim(
@@ -97,7 +97,6 @@ declare
     live boolean;
     due boolean;
     gated boolean;
-    keyed boolean;
     jobs bigint[];
     numbers bigint[];
     attempts int[];
@@ -119,9 +118,8 @@ begin
             for key share
         ),
         exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
-        q.gated,
-        q.gated or q.policy <> 'standard'
-    into n, live, due, gated, keyed
+        q.gated
+    into n, live, due, gated
     from notifyq.queue q
     where q.name = claim.queue;
     if (live and not due) is not true then
@@ -131,6 +129,9 @@ begin
         if not live then
             raise exception 'runtime % has no live lease', claim.runtime
             using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
+        end if;
+        if gated then
+            perform notifyq.lock_gate(n);
         end if;
         -- A claim by hand may be in a long transaction: it takes no more than it can use, and no lock.
         perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
@@ -193,7 +194,7 @@ begin
         where (j.expires_at <= moment and t.attempt = 0) is not true
     ), active as (
         insert into notifyq.active (job, queue, attempt, number, runtime, key, claimed_at, deadline)
-        select c.id, n, c.attempt, c.number, claim.runtime, case when keyed then coalesce(c.key, '') end, clock_timestamp(),
+        select c.id, n, c.attempt, c.number, claim.runtime, case when gated then coalesce(c.key, '') end, clock_timestamp(),
             clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
         from claimed c
     )
@@ -202,7 +203,7 @@ begin
     from claimed c
     order by c.place;
     get diagnostics claimed = row_count;
-    if keyed then
+    if gated then
         perform notifyq.free_waiting_keys(n, jobs);
     end if;
     if claimed < cardinality(jobs) then

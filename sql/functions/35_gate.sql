@@ -8,8 +8,8 @@
 -- What holds between transactions, for every key with a limit: as long as tickets of it are
 -- blocked, those active and those in ready make up the limit, or more.
 --
--- Locks: active tickets, the queue's gate, its keys in order, then tickets that wait, stepping over
--- those that others hold. Claims of one queue wait for each other at its gate.
+-- Locks: whatever moves tickets of a gated queue, but for sends and promote(), locks its gate first
+-- (lock_gates()): one transaction at a time, to its end, so that nothing here can deadlock.
 
 -- How many starts a rate has left at this moment. A start counts until a period after the end of
 -- the hundredth of a period that it fell in, so never more than limit fall into any period.
@@ -50,6 +50,47 @@ as $$
     ) a
 $$;
 
+-- Locks a queue's gate.
+create or replace function notifyq.lock_gate(queue int) returns notifyq.gate
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    gate notifyq.gate;
+begin
+    loop
+        select * into gate from notifyq.gate g where g.queue = lock_gate.queue for update;
+        exit when found;
+        insert into notifyq.gate (queue)
+        values (lock_gate.queue)
+        on conflict do nothing;
+    end loop;
+    return gate;
+end
+$$;
+
+-- Locks the gates of the queues that these jobs are in; call before their tickets are touched.
+create or replace function notifyq.lock_gates(jobs bigint[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+begin
+    perform notifyq.lock_gate(g.queue)
+    from (
+        select distinct j.queue
+        from notifyq.job j
+        join notifyq.queue q on q.number = j.queue
+        where j.id = any (lock_gates.jobs)
+        and q.gated
+        order by j.queue
+    ) g;
+end
+$$;
+
 -- Takes up to how_many tickets that may start out of ready, or blocked, in order; claim() makes
 -- them active. Among them are expired ones, which hold no slot.
 create or replace function notifyq.admit(queue int, how_many int, out jobs bigint[], out numbers bigint[], out attempts int[])
@@ -76,11 +117,7 @@ declare
     rated_keys text[] := '{}';
     started int;
 begin
-    insert into notifyq.gate (queue)
-    select admit.queue
-    where not exists (select from notifyq.gate o where o.queue = admit.queue)
-    on conflict do nothing;
-    select * into g from notifyq.gate o where o.queue = admit.queue for update;
+    g := notifyq.lock_gate(admit.queue);
     select * into q from notifyq.queue o where o.number = admit.queue;
     room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
@@ -161,7 +198,6 @@ declare
     q constant notifyq.queue := sift.queue;
     by_key constant boolean := q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0;
     front notifyq.ready[];
-    keys text[];
     passed_over text[] := '{}';
     verdict record;
 begin
@@ -176,12 +212,6 @@ begin
     looked_at := coalesce(cardinality(front), 0);
     if looked_at = 0 then
         return;
-    end if;
-    if by_key then
-        select array_agg(distinct coalesce(j.key, '')) into keys
-        from unnest(front) f
-        join notifyq.job j on j.id = f.job;
-        perform from notifyq.key k where k.queue = q.number and k.key = any (keys) order by k.key for update;
     end if;
     if q.policy = 'ordered' then
         -- A ticket that somebody else holds (an edit, say) was stepped over: what is behind it waits for it.
@@ -377,31 +407,36 @@ begin
         where notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) > 0
     ));
     with rested as (
-        update notifyq.key k
-        set turn_at = notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment)
+        select k.key, o.job, notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment) as due_at
+        from notifyq.key k
+        cross join lateral (
+            select b.job
+            from notifyq.blocked b
+            where b.queue = q.number
+            and b.key = k.key
+            and b.parents = 0
+            order by b.priority desc, b.number
+            limit 1
+            for update skip locked
+        ) o
         where k.queue = q.number
         and k.key = any (turns)
-        and (k.turn_at > take_turns.moment) is not true
+        and not exists (select from notifyq.scheduled s where s.job = k.turn)
         and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
-        and exists (select from notifyq.blocked b where b.queue = q.number and b.key = k.key and b.parents = 0)
-        returning k.key, k.turn_at
+    ), turn as (
+        update notifyq.key k
+        set turn = r.job
+        from rested r
+        where k.queue = q.number
+        and k.key = r.key
     ), gone as (
         delete from notifyq.blocked b
         using rested r
-        cross join lateral (
-            select o.job
-            from notifyq.blocked o
-            where o.queue = q.number
-            and o.key = r.key
-            and o.parents = 0
-            order by o.priority desc, o.number
-            limit 1
-        ) o
-        where b.job = o.job
-        returning b.job, b.queue, b.attempt, r.turn_at
+        where b.job = r.job
+        returning b.job, b.queue, b.attempt, r.due_at
     )
     insert into notifyq.scheduled (job, queue, attempt, due_at)
-    select n.job, n.queue, n.attempt, n.turn_at
+    select n.job, n.queue, n.attempt, n.due_at
     from gone n;
 end
 $$;
@@ -485,10 +520,10 @@ begin
     loop
         ended := array(select t from unnest(free.tickets) t where t.queue = q.number and t.key is not null);
         if q.policy = 'exclusive' and free.how <> 'again' then
-            perform notifyq.unreserve(q.number, t.key, t.job) from unnest(ended) t;
+            perform notifyq.unreserve(q.number, t.key, t.job) from (select * from unnest(ended) order by key) t;
         end if;
+        held := (notifyq.lock_gate(q.number)).held;
         if q.active_limit is not null then
-            select o.held into held from notifyq.gate o where o.queue = q.number for update;
             update notifyq.gate o
             set held = greatest(o.held - cardinality(ended), 0)
             where o.queue = q.number;
@@ -505,7 +540,8 @@ begin
 end
 $$;
 
--- Frees one slot of a key for each time that it is named, and lets the next ones go on.
+-- Frees one slot of a key for each time that it is named, and lets the next ones go on. Call with the
+-- gate locked.
 create or replace function notifyq.free_keys(queue notifyq.queue, keys text[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -516,7 +552,6 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 begin
-    perform from notifyq.key k where k.queue = (free_keys.queue).number and k.key = any (free_keys.keys) order by k.key for update;
     update notifyq.key k
     set held = greatest(k.held - f.number, 0), head = null
     from (select u.key, count(*)::int as number from unnest(free_keys.keys) u (key) group by u.key) f
@@ -547,10 +582,12 @@ begin
         from notifyq.job j
         join notifyq.queue o on o.number = j.queue
         where j.id = any (leave_line.jobs)
-        and (o.gated or o.policy <> 'standard')
+        and o.gated
         order by o.number
     loop
-        perform notifyq.unreserve(q.number, coalesce(j.key, ''), j.id) from notifyq.job j where j.id = any (leave_line.jobs) and j.queue = q.number;
+        perform notifyq.unreserve(q.number, coalesce(j.key, ''), j.id)
+        from (select * from notifyq.job o where o.id = any (leave_line.jobs) and o.queue = q.number order by o.key) j;
+        perform notifyq.lock_gate(q.number);
         select array_agg(coalesce(j.key, '')) filter (where k.head is distinct from j.id), array_agg(coalesce(j.key, '')) filter (where k.head = j.id)
         into left_keys, freed
         from notifyq.job j
@@ -578,6 +615,7 @@ begin
         where k.head = any (release_heads.jobs)
         group by q.*
     loop
+        perform notifyq.lock_gate((held.queue).number);
         perform notifyq.free_keys(held.queue, held.keys);
     end loop;
 end
@@ -602,9 +640,13 @@ create or replace function notifyq.free_waiting_keys(queue int, jobs bigint[]) r
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-    select notifyq.unreserve(q.number, coalesce(j.key, ''), j.id)
-    from notifyq.queue q
-    join notifyq.job j on j.id = any (free_waiting_keys.jobs)
-    where q.number = free_waiting_keys.queue
-    and q.policy in ('short', 'stately')
+    select notifyq.unreserve(w.queue, w.key, w.job)
+    from (
+        select q.number as queue, coalesce(j.key, '') as key, j.id as job
+        from notifyq.queue q
+        join notifyq.job j on j.id = any (free_waiting_keys.jobs)
+        where q.number = free_waiting_keys.queue
+        and q.policy in ('short', 'stately')
+        order by j.key
+    ) w
 $$;

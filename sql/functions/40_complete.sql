@@ -7,7 +7,7 @@
 -- The fence is a CASE because the planner then takes it to pass half of the rows. As a plain
 -- condition on runtime it expects next to none, and joins by scanning all of active for each job.
 --
--- Locks: active tickets in the order given (give them by id), then jobs.
+-- Locks: gates, active tickets in the order given (give them by id), then jobs.
 create or replace function notifyq.complete(
     jobs bigint[],
     outputs jsonb default null,
@@ -31,6 +31,9 @@ declare
 begin
     if complete.outputs is not null and jsonb_typeof(complete.outputs) <> 'array' then
         raise exception 'outputs must be a JSON array with one element a job' using errcode = 'NQ003';
+    end if;
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(complete.jobs);
     end if;
     with gone as (
         delete from notifyq.active a
@@ -64,11 +67,11 @@ begin
         array_agg(row(j.id, null, null, null, null, null, j.queue, j.attempt, j.held_key, null)::notifyq.active) filter (where j.held_key is not null)
     into completed, unkept, queues, in_flow, held
     from judged j;
-    if held is not null then
-        perform notifyq.free(held, 'ended');
-    end if;
     if in_flow is not null then
         perform notifyq.parents_ended(in_flow, 'completed');
+    end if;
+    if held is not null then
+        perform notifyq.free(held, 'ended');
     end if;
     if unkept is not null then
         perform notifyq.forget(unkept);

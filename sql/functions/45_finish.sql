@@ -184,10 +184,10 @@ begin
     select array_agg(j.id) filter (where not j.kept), array_agg(j.id) filter (where j.flow is not null)
     into unkept, in_flow
     from judged j;
-    perform notifyq.free(finish.ended, case finish.state when 'failed' then 'failed' else 'ended' end);
     if in_flow is not null then
         perform notifyq.parents_ended(in_flow, finish.state);
     end if;
+    perform notifyq.free(finish.ended, case finish.state when 'failed' then 'failed' else 'ended' end);
     if unkept is not null then
         perform notifyq.forget(unkept);
     end if;

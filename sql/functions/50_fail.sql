@@ -46,6 +46,9 @@ begin
     if jsonb_typeof(fail.errors) is distinct from 'array' or jsonb_array_length(fail.errors) <> cardinality(fail.jobs) then
         raise exception 'errors must be a JSON array of {type, message, traceback} with one element a job' using errcode = 'NQ003';
     end if;
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(fail.jobs);
+    end if;
     with gone as (
         delete from notifyq.active a
         using rows from (
@@ -134,6 +137,9 @@ declare
     cancelled notifyq.active[];
     again notifyq.active[];
 begin
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(snooze.jobs);
+    end if;
     with gone as materialized (
         delete from notifyq.active a
         using rows from (unnest(snooze.jobs), unnest(snooze.attempts), unnest(snooze.delays)) as o (job, attempt, delay)
@@ -180,6 +186,9 @@ declare
     cancelled notifyq.active[];
     again notifyq.active[];
 begin
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(release.jobs);
+    end if;
     with gone as materialized (
         select g as ticket, g.job, g.queue, g.attempt, g.key, g.number, g.cancel_requested_at is not null as cancelled
         from notifyq.leave_active(release.jobs, release.attempts, release.runtime) g
@@ -211,6 +220,9 @@ as $$
 declare
     ended notifyq.active[];
 begin
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(discard.jobs);
+    end if;
     select array_agg(a) into ended
     from notifyq.leave_active(discard.jobs, discard.attempts, discard.runtime) a;
     perform notifyq.finish(ended, 'cancelled');

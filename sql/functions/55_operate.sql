@@ -14,11 +14,14 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 declare
-    left_over bigint[] := cancel.jobs;
+    left_over bigint[] := array(select c.job from unnest(cancel.jobs) c (job) order by c.job);
     ended notifyq.active[];
     requested bigint[];
     affected bigint[] := '{}';
 begin
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(left_over);
+    end if;
     -- A ticket can move while we look; what is waiting, active or being moved is found again.
     for round in 1 .. 3 loop
         select array_agg(t) into ended
@@ -71,14 +74,23 @@ set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
-    with gone as (
-        delete from notifyq.archive a
-        using notifyq.queue q
+    with standing as materialized (
+        select a.id, a.queue, a.key
+        from notifyq.archive a
         where a.id = any (revive.jobs)
         and a.state = revive.state
-        and q.number = a.queue
-        and case when q.policy = 'exclusive' then notifyq.reserve(q.number, 'p', coalesce(a.key, ''), 0, a.id) = a.id else true end
-        returning a.*, q.ageing
+        order by a.id
+        for update
+    ), chosen as materialized (
+        select s.id, q.ageing
+        from (select * from standing order by queue, key, id) s
+        join notifyq.queue q on q.number = s.queue
+        where case when q.policy = 'exclusive' then notifyq.reserve(q.number, 'p', coalesce(s.key, ''), 0, s.id) = s.id else true end
+    ), gone as (
+        delete from notifyq.archive a
+        using chosen c
+        where a.id = c.id
+        returning a.*, c.ageing
     ), job as (
         insert into notifyq.job (id, sent_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key, headers, provenance, data)
         select g.id, g.sent_at, g.retry_delay, g.retry_delay_max, g.timeout, g.queue, g.retry_limit, g.priority, g.retry_backoff, g.flow, g.key, g.id_key, g.headers, g.provenance, g.data
@@ -123,11 +135,14 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 declare
-    left_over bigint[] := delete_in.jobs;
+    left_over bigint[] := array(select d.job from unnest(delete_in.jobs) d (job) order by d.job);
     active notifyq.active[];
     gone bigint[];
     affected bigint[] := '{}';
 begin
+    if exists (select from notifyq.gate) then
+        perform notifyq.lock_gates(left_over);
+    end if;
     -- A ticket can move while we look; what is waiting, active or being moved is found again.
     for round in 1 .. 3 loop
         if delete_in.states && '{scheduled,blocked,ready}' then

@@ -114,13 +114,15 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
 declare
-    stands constant text := notifyq.lock_waiting(edit.job);
+    stands text;
     due constant timestamptz := coalesce(edit.due_at, clock_timestamp() + edit.delay);
     j notifyq.job;
     q notifyq.queue;
     ticket notifyq.ready;
     rank smallint;
 begin
+    perform notifyq.lock_gates(array[edit.job]);
+    stands := notifyq.lock_waiting(edit.job);
     if stands is null then
         return false;
     end if;

@@ -170,6 +170,7 @@ declare
     lost notifyq.active[];
 begin
     perform from notifyq.runtime r where r.id = deregister.runtime for update;
+    perform notifyq.lock_gates(array(select a.job from notifyq.active a where a.runtime = deregister.runtime));
     select array_agg(a) into lost
     from notifyq.leave_active(array(select a.job from notifyq.active a where a.runtime = deregister.runtime), null, deregister.runtime) a;
     delete from notifyq.runtime r where r.id = deregister.runtime;
@@ -203,6 +204,7 @@ begin
         return query
         select * from notifyq.deregister(dead);
     end loop;
+    perform notifyq.lock_gates(array(select a.job from notifyq.active a where a.deadline < clock_timestamp()));
     with gone as (
         delete from notifyq.active a
         where a.job in (

@@ -9,13 +9,13 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     moment constant timestamptz := clock_timestamp();
+    late bigint[];
     ended notifyq.active[];
 begin
     if not pg_try_advisory_xact_lock(notifyq.lock_class('expire'), 0) then
         return 0;
     end if;
-    select array_agg(w) into ended
-    from notifyq.leave_waiting(array(
+    late := array(
         select j.id
         from notifyq.job j
         where j.expires_at <= moment
@@ -26,7 +26,9 @@ begin
             or exists (select from notifyq.blocked b where b.job = j.id and b.attempt = 0)
         )
         limit expire.how_many
-    ), unstarted => true) w;
+    );
+    perform notifyq.lock_gates(late);
+    select array_agg(w) into ended from notifyq.leave_waiting(late, unstarted => true) w;
     if ended is null then
         return 0;
     end if;

@@ -38,7 +38,7 @@ create table notifyq.queue (
     ageing interval check (ageing between '1 millisecond' and '1 day'),
     slots int generated always as (case when policy in ('singleton', 'stately', 'ordered') then 1 else key_limit end) stored,
     gated boolean not null generated always as (
-        fair or policy in ('singleton', 'stately', 'ordered') or num_nonnulls(key_limit, active_limit, rate_limit, key_rate_limit) > 0
+        fair or policy <> 'standard' or num_nonnulls(key_limit, active_limit, rate_limit, key_rate_limit) > 0
     ) stored,
     plain boolean not null generated always as (
         not fair and policy = 'standard' and num_nonnulls(key_limit, key_rate_limit, ageing) = 0
@@ -135,7 +135,7 @@ create index active_runtime on notifyq.active (runtime);
 -- the blocked_keys view: who holds a key.
 create index active_key on notifyq.active (queue, key) where key is not null;
 
--- One row a gated queue. Claims of the queue lock it, so there is one at a time. Starts are counted
+-- One row a gated queue. Claims lock it, and what frees a key: there is one at a time. Starts are counted
 -- by hundredths of the period, see rate_room().
 create table notifyq.gate (
     queue int primary key,
@@ -145,14 +145,15 @@ create table notifyq.gate (
     counts int[]
 ) with (fillfactor = 50);
 
--- One row a key of which something is active, or which is at its rate; head is the job that keeps
--- an ordered or stately key while it waits for its next attempt, or (ordered) has failed.
+-- One row a key of which something is active, or that has a rate. head is the job that keeps an
+-- ordered or stately key while it waits for its next attempt, or (ordered) has failed; turn the one
+-- that is scheduled for when the key's rate lets it start. Only who has locked the gate writes here.
 create table notifyq.key (
     queue int not null,
     key text not null,
     held int not null default 0,
     head bigint,
-    turn_at timestamptz,
+    turn bigint,
     starts bigint[],
     counts int[],
     primary key (queue, key)

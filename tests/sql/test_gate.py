@@ -351,7 +351,7 @@ async def test_a_rate_by_key_lets_the_next_start_when_it_is_due_and_holds_back_n
     late = await q.send("a")
     assert await q.claim() == []
     assert await q.states(*jobs[2:5], *late) == ["scheduled", "blocked", "blocked", "blocked"]
-    await ask("update notifyq.key set starts = array[starts[1] - 101], turn_at = null where key = 'a'")
+    await ask("update notifyq.key set starts = array[starts[1] - 101] where key = 'a'")
     await ask("update notifyq.scheduled set due_at = now()")
     assert await q.claim() == [jobs[2], jobs[3]]
     assert await q.states(jobs[4], *late) == ["scheduled", "blocked"]
