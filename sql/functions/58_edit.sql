@@ -133,6 +133,23 @@ begin
     end if;
     rank := coalesce(edit.priority::smallint, j.priority);
     if stands = 'blocked' then
+        -- One that waits for its key alone takes its new place in line, where the gate looks at it again.
+        with gone as (
+            delete from notifyq.blocked b
+            where b.job = edit.job
+            and b.parents = 0
+            and (due > clock_timestamp() or edit.priority is not null)
+            returning b.*
+        ), later as (
+            insert into notifyq.scheduled (job, queue, attempt, due_at)
+            select g.job, g.queue, g.attempt, due
+            from gone g
+            where due > clock_timestamp()
+        )
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select g.queue, notifyq.line_priority(rank, q.ageing), g.number, g.job, g.attempt
+        from gone g
+        where (due > clock_timestamp()) is not true;
         update notifyq.blocked b
         set priority = rank, due_at = coalesce(due, b.due_at)
         where b.job = edit.job;
