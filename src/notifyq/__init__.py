@@ -37,6 +37,7 @@ from ._errors import (
 from ._models import Job, JobRecord, NewJob, SendOptions, Sent
 from ._queue import BatchResult, Queue
 from ._runtime import Runtime, run
+from ._schedule import Schedule, ScheduleRecord
 from ._schema import VERSION as __version__
 from ._signals import Discard, Fail, Retry, Snooze
 
@@ -60,6 +61,8 @@ __all__ = [
     "Queue",
     "Retry",
     "Runtime",
+    "Schedule",
+    "ScheduleRecord",
     "SchemaMismatch",
     "SendOptions",
     "Sent",

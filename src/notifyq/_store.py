@@ -13,6 +13,7 @@ from psycopg import sql
 from ._calls import Bound, Calls, intervals
 from ._models import Beat, Claimed, JobRecord, QueueInfo
 from ._sql import many_entry, send_call, send_parameters, translated
+from ._store_schedules import Schedules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,7 @@ class Store:
     def __init__(self, schema: str) -> None:
         self.schema = schema
         self._calls = Calls(schema)
+        self.schedules = Schedules(self._calls)
 
     # queues
 
@@ -286,7 +288,8 @@ class Store:
 
     async def beat(self, connection: TrioConnection, runtime: UUID, queues: Sequence[int]) -> Beat:
         statement: LiteralString = (
-            "select renewed, held, cancels, ready, due_in, lapse_in from {s}.beat($1::uuid, $2::int[])"
+            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock"
+            " from {s}.beat($1::uuid, $2::int[])"
         )
         return Beat(*await self._calls.row(connection, statement, runtime, queues))
 
