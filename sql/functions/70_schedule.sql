@@ -105,7 +105,7 @@ declare
     hint constant text := 'A rule has five fields, minute hour day month weekday, such as 30 3 * * MON-FRI; or six, with the second before them.';
 begin
     if cardinality(fields) = 5 then
-        fields := '0' || fields;
+        fields := array['0'] || fields;
     end if;
     if cardinality(fields) <> 6 or length(check_cron.rule) > 200 then
         raise exception 'not a cron rule: %', quote_literal(left(check_cron.rule, 200)) using errcode = 'NQ003', hint = hint;

@@ -72,7 +72,7 @@ begin
         from notifyq.subscription p
         join notifyq.queue q on q.number = p.queue
         where p.event = publish.event
-        order by q.number
+        order by q.name
         offset 0 -- the order in which they are sent
     ) s
     cross join lateral notifyq.try_send(s.queue, publish.data, headers => labelled, id_key => publish.id_key) t;
