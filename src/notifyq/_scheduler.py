@@ -109,9 +109,12 @@ class Scheduler:
         self._bell.ring()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Fire until cancelled. What fails is tried again; one schedule's trouble does not hold up the others."""
-        task_status.started()
+        """Fire until cancelled. What fails is tried again; one schedule's trouble does not hold up the others.
+
+        Started after the first look, so that at start it needs no connection at the same time as other parts.
+        """
         failures = 0
+        started = False
         while True:
             self._bell.clear()
             try:
@@ -124,6 +127,10 @@ class Scheduler:
                     self._events.emit(ServerTrouble("schedules", str(error)))
                 failures += 1
                 self._look_at = -math.inf
+            if not started:
+                started = True
+                task_status.started()
+            if failures:
                 await trio.sleep(reconnect_delay(failures, self._random))
                 continue
             with trio.move_on_at(min([self._look_at, *map(self._wake_at, self._known.values())])):

@@ -165,8 +165,8 @@ class Session:
                 await support.start(self._heart.run)
                 await support.start(Watchdog(self._settings.lease, self._events).run)
                 support.start_soon(self._reconcile)
-                await support.start(self._maintenance.run)
                 await support.start(self._scheduler.run)
+                await support.start(self._maintenance.run)
                 for worker in self._workers:
                     await running.start(worker.run)
                 self._events.emit(RuntimeStarted(str(self._id), names))
