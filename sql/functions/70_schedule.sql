@@ -216,23 +216,22 @@ declare
     first_at timestamptz := notifyq.next_multiple(put_schedule.every, clock_timestamp());
 begin
     perform notifyq.data_fits(put_schedule.data, put_schedule.queue);
-    insert into notifyq.schedule (queue, name, cron, every, timezone, missed, headers, data, declared, next_at)
-    values ((put_schedule.queue).number, put_schedule.name, put_schedule.cron, put_schedule.every, put_schedule.timezone, put_schedule.missed,
-        put_schedule.headers, put_schedule.data, put_schedule.declared, first_at)
-    on conflict (queue, name) do nothing;
-    if found then
-        perform pg_notify(notifyq.channel(0), 'schedule');
-        return 'created';
-    end if;
-    select s.* into standing
-    from notifyq.schedule s
-    where s.queue = (put_schedule.queue).number
-    and s.name = put_schedule.name
-    for update;
-    if not found then
-        raise exception 'schedule % of queue % was removed at this moment', put_schedule.name, (put_schedule.queue).name
-        using errcode = 'serialization_failure', hint = 'Do it again.';
-    end if;
+    loop
+        insert into notifyq.schedule (queue, name, cron, every, timezone, missed, headers, data, declared, next_at)
+        values ((put_schedule.queue).number, put_schedule.name, put_schedule.cron, put_schedule.every, put_schedule.timezone, put_schedule.missed,
+            put_schedule.headers, put_schedule.data, put_schedule.declared, first_at)
+        on conflict (queue, name) do nothing;
+        if found then
+            perform pg_notify(notifyq.channel(0), 'schedule');
+            return 'created';
+        end if;
+        select s.* into standing
+        from notifyq.schedule s
+        where s.queue = (put_schedule.queue).number
+        and s.name = put_schedule.name
+        for update;
+        exit when found;
+    end loop;
     same_rule := (standing.cron, standing.every, standing.timezone) is not distinct from (put_schedule.cron, put_schedule.every, put_schedule.timezone);
     if same_rule and standing.declared = put_schedule.declared
         and (standing.missed, standing.headers, standing.data) is not distinct from (put_schedule.missed, put_schedule.headers, put_schedule.data)
@@ -344,8 +343,7 @@ end
 $$;
 
 -- The schedules that come next, those not worked out yet first: what a runtime must know to fire them. besides:
--- the numbers of those that it cannot read. Times in microseconds of the epoch, since a client may not know every
--- moment that the server does; clock is the server's, in seconds.
+-- the numbers of those that it cannot read. Times in microseconds of the epoch; clock is the server's, in seconds.
 create or replace function notifyq.schedules_ahead(besides bigint[] default '{}', how_many int default 100)
 returns table (
     number bigint,

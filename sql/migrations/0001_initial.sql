@@ -144,12 +144,13 @@ create table notifyq.runtime (
 
 -- One row a schedule. number is taken anew whenever the row is changed, never when it fires: who
 -- knows a schedule by its number knows its rule. next_at is the firing to come; null: a runtime
--- has yet to work it out, since SQL cannot read a cron rule's calendar.
+-- has yet to work it out, since SQL cannot read a cron rule's calendar. Moments are of the years
+-- 1970 to 8999: those that any client knows.
 create table notifyq.schedule (
     number bigint generated always as identity primary key,
-    next_at timestamptz check (isfinite(next_at)),
+    next_at timestamptz check (next_at between to_timestamp(0) and to_timestamp(221845392000)),
     fired_for timestamptz,
-    changed_at timestamptz not null default now(),
+    changed_at timestamptz not null default now() check (changed_at between to_timestamp(0) and to_timestamp(221845392000)),
     every interval check (every between '100 milliseconds' and '366 days'),
     job bigint,
     queue int not null references notifyq.queue (number) on delete cascade,

@@ -159,7 +159,7 @@ class Scheduler:
         for row in rows:
             try:
                 self._known[row.number] = _read(row)
-            except (InvalidOption, OverflowError) as error:
+            except InvalidOption as error:
                 await self._broken(row.number, row.queue, row.name, str(error))
             else:
                 if (known := before.get(row.number)) is not None:
@@ -218,7 +218,8 @@ class Scheduler:
             known.not_before = trio.current_time() + min(PATIENCE, reconnect_delay(known.tries + 1, self._random))
             known.tries += 1
             return
-        known.tries = 0
+        if fired.done != "planned":  # passing over firings tells nothing of the next one
+            known.tries = 0
         if fired.done == "early":
             assert step.fired_for is not None
             known.not_before = trio.current_time() + max(step.fired_for.timestamp() - fired.clock, 0.0)
@@ -256,7 +257,7 @@ def _plan(known: Known, now: float) -> Step:
 
 
 def _read(row: Ahead) -> Known:
-    """Raises ``InvalidOption`` and ``OverflowError`` for what cannot be read here."""
+    """Raises ``InvalidOption`` for what cannot be read here."""
     rule = read_rule(row.cron, row.every, row.timezone)
     next_at = None if row.next_at is None else moment(row.next_at)
     return Known(row.number, row.queue, row.name, rule, row.missed, moment(row.changed_at), next_at)

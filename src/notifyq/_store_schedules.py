@@ -154,5 +154,5 @@ def _moment_text(value: int | datetime | None) -> int | str | None:
 
 
 def moment(microseconds: int) -> datetime:
-    """A moment from microseconds of the epoch. Raises ``OverflowError`` for one that Python does not know."""
+    """A moment from microseconds of the epoch."""
     return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
