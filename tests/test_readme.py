@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 async def test_the_python_examples_run(dsn, monkeypatch, capsys):
     monkeypatch.setenv("DATABASE_URL", dsn)
-    declare, statement = blocks("python")
+    declare, statement, schedules = blocks("python")
     names: dict[str, object] = {"__name__": "app"}
     exec(declare, names)
     runtime = names["runtime"]
@@ -33,6 +33,9 @@ async def test_the_python_examples_run(dsn, monkeypatch, capsys):
     with psycopg.connect(dsn) as connection:
         exec(statement, {**names, "connection": connection})
         assert connection.execute("select count(*) from notifyq.scheduled").fetchone() == (1,)
+
+    exec(schedules, names)
+    assert capsys.readouterr().out.count("datetime.datetime(") == 3
 
 
 async def test_the_sql_example_runs(dsn, connection):

@@ -23,7 +23,8 @@ $$;
 -- renewed: false when the runtime is not registered (its lease lapsed and it was rescued).
 -- cancels: its jobs with an outstanding cancel request. ready: the numbers of its queues that
 -- have ready or due jobs. due_in: seconds until the next due time by queue number. lapse_in:
--- seconds until somebody else's lease, or a claim by hand, lapses: rescue() is due then.
+-- seconds until somebody else's lease, or a claim by hand, lapses: rescue() is due then. schedules:
+-- another number than before when some schedule was made, changed or removed. clock: the server's.
 --
 -- Locks: the runtime's row.
 create or replace function notifyq.beat(
@@ -34,7 +35,9 @@ create or replace function notifyq.beat(
     out cancels bigint[],
     out ready int[],
     out due_in jsonb,
-    out lapse_in float8
+    out lapse_in float8,
+    out schedules bigint,
+    out clock float8
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -63,6 +66,8 @@ begin
         union all
         select min(a.deadline) from notifyq.active a where a.runtime is null
     ) l;
+    select coalesce(sum(s.number), 0) into schedules from notifyq.schedule s;
+    clock := extract(epoch from clock_timestamp());
 end
 $$;
 

@@ -245,3 +245,40 @@ create table notifyq.runtime (
     queues text[] not null,
     stopping boolean not null default false
 ) with (fillfactor = 50);
+
+-- One row a schedule. number is taken anew whenever the row is changed, never when it fires: who
+-- knows a schedule by its number knows its rule. next_at is the firing to come; null: a runtime
+-- has yet to work it out, since SQL cannot read a cron rule's calendar. Moments are of the years
+-- 1970 to 8999: those that any client knows.
+create table notifyq.schedule (
+    number bigint generated always as identity primary key,
+    next_at timestamptz check (next_at between to_timestamp(0) and to_timestamp(221845392000)),
+    fired_for timestamptz,
+    changed_at timestamptz not null default now() check (changed_at between to_timestamp(0) and to_timestamp(221845392000)),
+    every interval check (every between '100 milliseconds' and '366 days'),
+    job bigint,
+    queue int not null references notifyq.queue (number) on delete cascade,
+    declared boolean not null default false,
+    name text not null check (name ~ '^[A-Za-z0-9_./-]{1,100}$'),
+    cron text,
+    timezone text not null,
+    missed text not null check (missed in ('skip', 'once')),
+    error text,
+    headers jsonb,
+    data jsonb,
+    unique (queue, name),
+    check (num_nonnulls(cron, every) = 1)
+) with (fillfactor = 70);
+-- schedules_ahead(): those that come next.
+create index schedule_next on notifyq.schedule (next_at nulls first);
+comment on column notifyq.schedule.declared is 'It was declared with its queue: it goes when a runtime starts that does not declare it any more.';
+comment on column notifyq.schedule.error is 'Why it cannot fire, or why its last firing made no job.';
+
+create table notifyq.subscription (
+    subscribed_at timestamptz not null default now(),
+    queue int not null references notifyq.queue (number) on delete cascade,
+    event text not null check (event ~ '^[A-Za-z0-9_./-]{1,100}$'),
+    primary key (event, queue)
+);
+-- delete_queue(): what a queue has subscribed to.
+create index subscription_queue on notifyq.subscription (queue);

@@ -9,6 +9,7 @@ as $$
     update notifyq.active set claimed_at = claimed_at - age.by, deadline = deadline - age.by;
     update notifyq.runtime set beat_at = beat_at - age.by, lease_until = lease_until - age.by;
     update notifyq.attempt set failed_at = failed_at - age.by, claimed_at = claimed_at - age.by;
+    update notifyq.schedule set next_at = next_at - age.by, changed_at = changed_at - age.by;
     update notifyq.archive
     set sent_at = sent_at - age.by, finished_at = finished_at - age.by, claimed_at = claimed_at - age.by,
         leaves_on = case when leaves_on < 'infinity' then (leaves_on - age.by)::date else leaves_on end;

@@ -38,6 +38,7 @@ from ._flow import Flow, SentFlow, Step
 from ._models import FlowJob, Job, JobRecord, NewJob, Parent, SendOptions, Sent
 from ._queue import BatchResult, Queue
 from ._runtime import Runtime, run
+from ._schedule import Schedule, ScheduleRecord
 from ._schema import VERSION as __version__
 from ._signals import Discard, Fail, Retry, Snooze
 
@@ -64,6 +65,8 @@ __all__ = [
     "Queue",
     "Retry",
     "Runtime",
+    "Schedule",
+    "ScheduleRecord",
     "SchemaMismatch",
     "SendOptions",
     "Sent",

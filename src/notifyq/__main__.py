@@ -6,7 +6,7 @@ import sys
 
 import psycopg
 
-from ._cli import cli
+from ._cli_schedules import cli
 from ._errors import NotifyqError
 
 

@@ -23,6 +23,9 @@ _LEVELS: dict[type[Event], int] = {
     events.LeaseGivenUp: logging.WARNING,
     events.ServerTrouble: logging.WARNING,
     events.HandlerStuck: logging.WARNING,
+    events.ScheduleBroken: logging.WARNING,
+    events.ScheduleMissed: logging.WARNING,
+    events.ScheduleFired: logging.DEBUG,
     events.JobCancelled: logging.INFO,
     events.JobSnoozed: logging.DEBUG,
     events.JobCompleted: logging.DEBUG,
@@ -70,5 +73,14 @@ def _text(event: Event) -> str:
             return f"{part} failed, trying again: {reason}"
         case events.HandlerStuck(reason):
             return reason
+        case events.ScheduleBroken(queue, schedule, reason):
+            return f"schedule {schedule} of {queue} cannot fire: {reason}"
+        case events.ScheduleMissed(queue, schedule, since, fired_for):
+            made = (
+                "made no job" if fired_for is None else f"one job for {fired_for:%Y-%m-%d %H:%M:%S} UTC makes up for it"
+            )
+            return f"schedule {schedule} of {queue} has missed firings since {since:%Y-%m-%d %H:%M:%S} UTC: {made}"
+        case events.ScheduleFired(queue, schedule, job_id, fired_for):
+            return f"schedule {schedule} of {queue} fired for {fired_for.isoformat()}: job {job_id}"
         case _:
             return repr(event)

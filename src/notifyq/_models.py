@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, TypeVar
 
 import attrs
@@ -9,7 +10,7 @@ import attrs
 from ._errors import InvalidOption
 
 if TYPE_CHECKING:
-    from datetime import datetime, timedelta
+    from datetime import timedelta
     from uuid import UUID
 
     from ._client import Client
@@ -135,6 +136,11 @@ class Job(Generic[In]):
     _handle: JobHandle | None = attrs.field(default=None, repr=False)
 
     @property
+    def fired_for(self) -> datetime | None:
+        """The moment, in UTC, that its schedule fired it for; None if no schedule made it."""
+        return fired_for(self.headers)
+
+    @property
     def client(self) -> Client:
         """The runtime's client, to send further jobs."""
         return self._running().client
@@ -155,6 +161,15 @@ class Job(Generic[In]):
         if self._handle is None:
             raise RuntimeError(f"job {self.id} was not started by a runtime: use the client's methods")
         return self._handle
+
+
+def fired_for(headers: Any) -> datetime | None:
+    """What ``sql/functions/70_schedule.sql`` writes into a job's headers; None for what anybody else does."""
+    try:
+        moment = datetime.fromisoformat(headers["fired_for"])
+    except (TypeError, KeyError, ValueError, IndexError):
+        return None
+    return moment if moment.tzinfo is not None else None
 
 
 @attrs.frozen(kw_only=True)
@@ -230,6 +245,8 @@ class Beat:
     ready: list[int]
     due_in: dict[str, float]
     lapse_in: float | None
+    schedules: int
+    clock: float
 
 
 @attrs.frozen

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, overload
 
 import attrs
@@ -16,6 +16,7 @@ from ._codec import check_type, encode, from_json, read_json
 from ._errors import InvalidData, InvalidOption
 from ._middleware import Middleware, check_middleware
 from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
+from ._schedule import Schedule, distinct
 from ._sql import (
     YEAR,
     check_option,
@@ -103,13 +104,16 @@ class Queue(Generic[In, Out]):
     def __init__(self: Queue[In, Any], name: str, data: type[In], /, **options: Any) -> None: ...
     @overload
     def __init__(self, name: str, data: type[In], output: type[Out], /, **options: Any) -> None: ...
-    def __init__(self, name: str, data: Any = Any, output: Any = Any, /, **options: Any) -> None:
+    def __init__(
+        self, name: str, data: Any = Any, output: Any = Any, /, *, schedules: Iterable[Schedule] = (), **options: Any
+    ) -> None:
         """Declare a queue; nothing is asked of a database yet.
 
         Args:
             name: 1 to 100 letters, digits and ``_ . - /``.
             data: the type of its jobs' data.
             output: the type that its worker returns.
+            schedules: when it gets jobs by itself. A runtime that starts makes the database's those declared here.
             options: retry_limit (attempts after the first), retry_delay and retry_delay_max (seconds or timedelta),
                 retry_backoff (exponential, or fixed), timeout (seconds of one attempt), priority, retention (seconds a
                 finished job is kept; 0: not, None: for ever), expire_in (seconds in which it must start), dead_letter
@@ -144,6 +148,12 @@ class Queue(Generic[In, Out]):
             raise InvalidOption(f"queue {name!r}: {error}") from None
         dead_letter = options.get("dead_letter")
         self.dead_letter: Queue[Any, Any] | None = dead_letter if isinstance(dead_letter, Queue) else None
+        self.schedules = distinct(schedules, name)
+        for schedule in self.schedules:
+            try:
+                self.encode(schedule.data)
+            except InvalidData as error:
+                raise InvalidData(f"schedule {schedule.name!r}: {error}") from error
         self.worker_function: Worker | None = None
 
     def with_dead_letters(self) -> list[Queue[Any, Any]]:

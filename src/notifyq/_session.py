@@ -20,6 +20,7 @@ from ._errors import ConnectionLost, LeaseLost, NotifyqError
 from ._lock import QuickLock
 from ._maintenance import Maintenance
 from ._models import Released
+from ._scheduler import Scheduler
 from ._schema import VERSION
 from ._settler import Settler
 from ._sql import seconds
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
+    from ._connection import TrioConnection
     from ._listener import Listener
     from ._middleware import Middleware
     from ._models import Beat, Job
@@ -78,6 +80,7 @@ class Session:
         self._listener = listener
         self._settler = Settler(pool, store, settings.id, settings.events)
         self._maintenance = Maintenance(pool, store, settings.events)
+        self._scheduler = Scheduler(pool, store.schedules, settings.events)
         self._heart = Heart(
             str(settings.id),
             settings.lease,
@@ -104,6 +107,9 @@ class Session:
                 done = await self._store.create_queue(connection, queue.name, to_json(queue.options))
                 if done.startswith("differs"):
                     log.warning("queue %s: in the database %s (update_queue changes it)", queue.name, done)
+            for queue in dict.fromkeys(declared):
+                schedules = [(schedule, queue.encode(schedule.data)) for schedule in queue.schedules]
+                await self._store.schedules.declare(connection, queue.name, schedules)
             for queue in queues:
                 info = await self._store.queue(connection, queue.name)
                 worker = QueueWorker(
@@ -124,6 +130,7 @@ class Session:
                 self._listener.on_connected(worker.claimer.look_again)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
             self._listener.on_connected(self._look_what_is_held)
+            self._listener.on_connected(self._scheduler.look_again)
             self._listener.on_disconnected(self._pool.distrust)
             # If this fails, maintenance makes up for it, and the default leaf takes the rows until then.
             with contextlib.suppress(NotifyqError):
@@ -158,6 +165,7 @@ class Session:
                 await support.start(self._heart.run)
                 await support.start(Watchdog(self._settings.lease, self._events).run)
                 support.start_soon(self._reconcile)
+                await support.start(self._scheduler.run)
                 await support.start(self._maintenance.run)
                 for worker in self._workers:
                     await running.start(worker.run)
@@ -222,13 +230,20 @@ class Session:
         """On the listening connection, which that proves; if it does not answer, on another."""
         queues = [worker.info.number for worker in self._workers]
         with contextlib.suppress(ConnectionLost), trio.move_on_after(self._settings.lease / 6):
-            return await self._listener.call(lambda connection: self._store.beat(connection, self._id, queues))
+            return await self._listener.call(lambda connection: self._beat_on(connection, queues))
         async with self._pool.connection() as connection:
-            return await self._store.beat(connection, self._id, queues)
+            return await self._beat_on(connection, queues)
+
+    async def _beat_on(self, connection: TrioConnection, queues: list[int]) -> Beat:
+        asked = trio.current_time()
+        beat = await self._store.beat(connection, self._id, queues)
+        self._scheduler.clock.measured(asked, trio.current_time(), beat.clock)
+        return beat
 
     def _told(self, beat: Beat) -> None:
         """What a beat said."""
         self._maintenance.rescue_in(beat.lapse_in)
+        self._scheduler.told(beat.schedules)
         for worker in self._workers:
             worker.cancel(beat.cancels)
             worker.executor.give_up_stuck()
@@ -289,6 +304,8 @@ class Session:
     def _told_by_control(self, payload: str) -> None:
         """Anybody may send this: it is a hint that there is something to be told, and what it says is not believed."""
         what, _, ids = payload.partition(":")
+        if what == "schedule":
+            self._scheduler.look_again()
         known = {str(job) for job, _attempt in self._known()}
         # While a claim is under way its jobs are not known here yet.
         if what == "cancel" and (self._turn.held or self._listener.asked or not known.isdisjoint(ids.split(","))):

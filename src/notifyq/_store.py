@@ -14,6 +14,7 @@ from ._calls import Bound, Calls, intervals
 from ._models import Beat, Claimed, JobRecord, QueueInfo
 from ._sql import many_entry, send_call, send_parameters, translated
 from ._store_flows import Flows
+from ._store_schedules import Schedules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +61,7 @@ class Store:
         self.schema = schema
         self._calls = Calls(schema)
         self.flows = Flows(self._calls)
+        self.schedules = Schedules(self._calls)
 
     # queues
 
@@ -288,7 +290,8 @@ class Store:
 
     async def beat(self, connection: TrioConnection, runtime: UUID, queues: Sequence[int]) -> Beat:
         statement: LiteralString = (
-            "select renewed, held, cancels, ready, due_in, lapse_in from {s}.beat($1::uuid, $2::int[])"
+            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock"
+            " from {s}.beat($1::uuid, $2::int[])"
         )
         return Beat(*await self._calls.row(connection, statement, runtime, queues))
 

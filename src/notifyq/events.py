@@ -12,6 +12,9 @@
 | LeaseLost | an outcome was refused: the attempt was no longer ours |
 | LeaseGivenUp | the runtime could not renew its lease in time: it has cancelled its handlers |
 | ServerTrouble | a statement of the runtime's own failed, and is tried again; once for a row of failures |
+| ScheduleFired | this runtime made the job of a schedule's firing |
+| ScheduleMissed | firings that no runtime was there for were passed over |
+| ScheduleBroken | a schedule cannot fire here, or its job was refused; the others go on |
 | HandlerStuck | a handler ignores cancellation, or blocks the event loop |
 """
 
@@ -24,6 +27,7 @@ import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
 __all__ = [
     "Event",
@@ -41,6 +45,9 @@ __all__ = [
     "ListenerUp",
     "RuntimeStarted",
     "RuntimeStopped",
+    "ScheduleBroken",
+    "ScheduleFired",
+    "ScheduleMissed",
     "ServerTrouble",
 ]
 
@@ -134,12 +141,37 @@ class LeaseGivenUp(Event):
 @attrs.frozen
 class ServerTrouble(Event):
     part: str
-    """Of the runtime: ``claim``, ``settle``, ``maintenance`` or ``beat``."""
+    """Of the runtime: ``claim``, ``settle``, ``maintenance``, ``schedules`` or ``beat``."""
     reason: str
 
 
 @attrs.frozen
 class HandlerStuck(Event):
+    reason: str
+
+
+@attrs.frozen
+class ScheduleFired(Event):
+    queue: str
+    schedule: str
+    job_id: int
+    fired_for: datetime
+
+
+@attrs.frozen
+class ScheduleMissed(Event):
+    queue: str
+    schedule: str
+    since: datetime
+    """The first firing that was missed."""
+    fired_for: datetime | None
+    """The firing that a job made up for all of them for; None: there is no such job."""
+
+
+@attrs.frozen
+class ScheduleBroken(Event):
+    queue: str
+    schedule: str
     reason: str
 
 

@@ -103,7 +103,7 @@ async def producer(connection: TrioConnection, queue):
         await connection.execute(f"drop role {role}".encode())
 
 
-async def test_a_role_with_usage_alone_may_call_the_three_ways_to_send(ask, producer):
+async def test_a_role_with_usage_alone_may_send_in_all_three_ways(ask, producer):
     await ask(f"set role {producer}")
     await ask("select notifyq.send('q', '1')")
     await ask("select notifyq.try_send('q', '2', delay => '1 hour', id_key => 'k')")
@@ -119,7 +119,7 @@ async def test_a_role_with_usage_alone_may_call_no_other_function_and_read_no_ta
         " and has_function_privilege(%s, p.oid, 'execute') order by 1",
         producer,
     )
-    assert allowed == [("send",), ("send_flow",), ("send_many",), ("try_send",)]
+    assert allowed == [("publish",), ("send",), ("send_flow",), ("send_many",), ("try_send",)]
     assert await ask("select count(*) > 40 from pg_proc where pronamespace = 'notifyq'::regnamespace") == [(True,)]
     readable = await ask(
         "select c.relname from pg_class c where c.relnamespace = 'notifyq'::regnamespace and c.relkind in ('r', 'p', 'v')"

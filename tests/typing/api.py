@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import Any, assert_type
 
 import attrs
 
 import notifyq
-from notifyq import Job, Queue, Sent
+from notifyq import Job, Queue, Schedule, ScheduleRecord, Sent
 
 
 @attrs.frozen
@@ -52,6 +53,11 @@ async def batch(jobs: list[Job[int]]) -> list[str | Exception]:
     return [str(job.data) for job in jobs]
 
 
+@Queue("fired", schedules=[Schedule(every=60)]).worker
+async def fired(job: Job[Any]) -> None:
+    assert_type(job.fired_for, datetime | None)
+
+
 async def client() -> None:
     async with notifyq.connect() as nq:
         sent = await nq.send(reminders, Reminder("tea"), delay=5, priority=1)
@@ -60,6 +66,12 @@ async def client() -> None:
         assert_type(await nq.result(1), Any)
         assert_type(await nq.send_many(reminders, [Reminder("a")]), list[Sent[Echo]])
         assert_type(await nq.fetch(reminders), list[Job[Reminder]])
+        daily = Schedule("0 3 * * *", timezone="Europe/Berlin", data=Reminder("tea"), missed="skip")
+        assert_type(await nq.schedule(reminders, daily), str)
+        assert_type(await nq.schedules(), list[ScheduleRecord])
+        assert_type(daily.next_firings(2), list[datetime])
+        assert_type(await nq.publish("order.paid", Reminder("tea"), id_key="k"), dict[str, int])
+        Schedule(every=timedelta(hours=1), missed="all")  # type: ignore[arg-type]
         await nq.send(reminders, Echo("no"))  # type: ignore[misc]
         await nq.send(reminders, Reminder("tea"), dealy=5)  # type: ignore[call-arg]
         assert_type(reminders.statement(Reminder("tea")), tuple[str, tuple[Any, ...]])
