@@ -89,11 +89,9 @@ async def test_a_job_that_waits_for_its_key_or_a_parent_is_edited(ask):
         'select id from notifyq.send_many(\'q\', \'[{"key": "k"}, {"key": "k"}, {"key": "k"}]\')'
     )
     await ask("select notifyq.update_job(%s, priority => 5)", c)
-    await ask("select notifyq.claim('q')")
-    await ask("select notifyq.complete(%s)", a)
-    assert await ask("select id from notifyq.claim('q')") == [(c,)]
-    await ask("select notifyq.complete(%s)", c)
-    assert await ask("select id from notifyq.claim('q')") == [(b,)]
+    for expected in (c, a, b):
+        assert await ask("select id from notifyq.claim('q')") == [(expected,)]
+        await ask("select notifyq.complete(%s)", expected)
     [(_,), (child,)] = await ask(
         """select id from notifyq.send_flow('[{"name": "a", "queue": "q"}, {"name": "b", "queue": "q", "after": ["a"]}]')"""
     )
