@@ -11,7 +11,7 @@ from ._errors import ClientClosed, InvalidOption
 from ._models import FlowJob, In, JobRecord, Out, Parent, Sent, State
 from ._queue import Queue
 from ._schedule import Schedule, check_plain_name
-from ._sql import KEY_MAX, flag, plain_options, send_parameters, text, whole
+from ._sql import KEY_MAX, flag, plain_options, text, whole
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -300,10 +300,10 @@ class Operator:
         """
         check_plain_name(event, "event name")
         document = encode(data, type(data))
-        plain = {name: value for name, value in (("headers", headers), ("id_key", id_key)) if value is not None}
-        *_, headers_text, key = send_parameters("", document, plain)
+        plain = plain_options({"headers": headers, "id_key": id_key})
+        headers_text = None if headers is None else to_json(plain["headers"])
         async with self._on(connection) as on:
-            rows = await self._store.schedules.publish(on, event, document, headers_text, key)
+            rows = await self._store.schedules.publish(on, event, document, headers_text, id_key)
         return {queue: job for queue, job, _ in rows}
 
     async def subscribe(self, event: str, queue: ANY | str, *, connection: TrioConnection | None = None) -> bool:
