@@ -141,6 +141,7 @@ begin
     returning * into standing;
     if found then
         perform notifyq.update_queue(create_queue.name, create_queue.options);
+        perform notifyq.tell_queues();
         return 'created';
     end if;
     standing := notifyq.queue_named(create_queue.name);
@@ -170,6 +171,9 @@ begin
         = (wanted.retry_limit, wanted.retry_delay, wanted.retry_delay_max, wanted.retry_backoff, wanted.timeout, wanted.priority,
             wanted.retention, wanted.expire_in, wanted.dead_letter, wanted.max_data_bytes, wanted.bell)
     where q.name = update_queue.name;
+    if update_queue.options ? 'dead_letter' then
+        perform notifyq.tell_queues(); -- patterns do not serve dead-letter queues
+    end if;
 exception when check_violation or not_null_violation then
     raise exception 'an option of queue % is out of its range: %', update_queue.name, update_queue.options
     using errcode = 'NQ003', detail = sqlerrm;
@@ -200,6 +204,7 @@ begin
     lock table notifyq.queue in access exclusive mode;
     deleted := deleted + notifyq.delete_all(delete_queue.name);
     delete from notifyq.queue q where q.number = doomed.number;
+    perform notifyq.tell_queues();
     return deleted;
 end
 $$;

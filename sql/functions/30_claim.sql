@@ -62,7 +62,9 @@ $$;
 -- one (a claim by hand): the job must be settled or touched within lease (default: the job's
 -- timeout). priorities and floors: look only from floors[i] on at priorities[i]; null: look
 -- from the beginning. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
--- but fail as 'expired'; with many of those a claim may return fewer than there are.
+-- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
+-- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
+-- priorities say it.
 --
 -- Locks: the runtime's row (key share), then tickets in order. Tickets locked by others are
 -- stepped over. The job is read in a later statement than the one that locks its ticket, so
@@ -73,7 +75,9 @@ create or replace function notifyq.claim(
     runtime uuid default null,
     lease interval default null,
     priorities smallint[] default null,
-    floors bigint[] default null
+    floors bigint[] default null,
+    min_priority int default null,
+    max_priority int default null
 )
 returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
@@ -118,10 +122,12 @@ begin
         exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
     into n, live, due
     from notifyq.queue q
-    where q.name = claim.queue;
+    where q.name = claim.queue
+    and not q.paused;
     if (live and not due) is not true then
         if n is null then
             perform notifyq.queue_named(claim.queue);
+            return; -- paused
         end if;
         if not live then
             raise exception 'runtime % has no live lease', claim.runtime
@@ -131,13 +137,30 @@ begin
         perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
     end if;
 
-    if claim.floors is null then
+    if claim.floors is null and claim.min_priority is null and claim.max_priority is null then
         with gone as (
             delete from notifyq.ready r
             where r.ctid = any (array(
                 select t.ctid
                 from notifyq.ready t
                 where t.queue = n
+                order by t.priority desc, t.number
+                limit claim.how_many
+                for update skip locked
+            ))
+            returning r.job, r.number, r.attempt, r.priority
+        )
+        select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
+        into jobs, numbers, attempts
+        from (select * from gone order by priority desc, number) g;
+    elsif claim.floors is null then
+        with gone as (
+            delete from notifyq.ready r
+            where r.ctid = any (array(
+                select t.ctid
+                from notifyq.ready t
+                where t.queue = n
+                and t.priority between coalesce(claim.min_priority, -32768) and coalesce(claim.max_priority, 32767)
                 order by t.priority desc, t.number
                 limit claim.how_many
                 for update skip locked
@@ -208,7 +231,7 @@ begin
 end
 $$;
 
--- The moment of the next due ticket of a queue, or null.
+-- The moment of the next due ticket of a queue, or null, also when it is paused: nothing is to be done then.
 create or replace function notifyq.next_due(queue int) returns timestamptz
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -216,6 +239,7 @@ as $$
     select s.due_at
     from notifyq.scheduled s
     where s.queue = next_due.queue
+    and exists (select from notifyq.queue q where q.number = next_due.queue and not q.paused)
     order by s.due_at
     limit 1
 $$;

@@ -26,6 +26,7 @@ create table notifyq.queue (
     dead_letter int references notifyq.queue (number) check (dead_letter <> number),
     max_data_bytes int not null default 1048576 check (max_data_bytes > 0),
     bell text not null default 'always' check (bell in ('always', 'never')),
+    paused boolean not null default false,
     created_at timestamptz not null default now()
 );
 comment on column notifyq.queue.retention is 'How long a finished job is kept: 0 = not at all, null = for ever.';

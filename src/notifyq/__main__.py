@@ -6,6 +6,7 @@ import sys
 
 import psycopg
 
+from . import _cli_queues  # noqa: F401 - its commands are added to the others
 from ._cli import cli
 from ._errors import NotifyqError
 

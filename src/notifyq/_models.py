@@ -38,6 +38,7 @@ __all__ = [
     "Released",
     "SendOptions",
     "Sent",
+    "Served",
     "Snoozed",
     "State",
 ]
@@ -183,6 +184,7 @@ class Beat:
     ready: list[int]
     due_in: dict[str, float]
     lapse_in: float | None
+    serves: str | None
 
 
 @attrs.frozen
@@ -194,6 +196,15 @@ class QueueInfo:
     retry_limit: int
     kept: bool
     max_data_bytes: int
+
+
+@attrs.frozen
+class Served:
+    """A queue that a runtime serves, as ``served()`` finds it."""
+
+    name: str
+    paused: bool
+    info: QueueInfo
 
 
 @attrs.define(eq=False)

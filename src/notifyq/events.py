@@ -134,7 +134,7 @@ class LeaseGivenUp(Event):
 @attrs.frozen
 class ServerTrouble(Event):
     part: str
-    """Of the runtime: ``claim``, ``settle``, ``maintenance`` or ``beat``."""
+    """Of the runtime: ``claim``, ``settle``, ``maintenance``, ``beat`` or ``queues``."""
     reason: str
 
 
