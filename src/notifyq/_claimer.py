@@ -181,6 +181,7 @@ class Claimer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until cancelled. A claim under way is finished, so that no job is claimed and forgotten."""
         task_status.started()
+        self._begun_at = trio.current_time()
         if not self._quiet:
             self.bell.ring()
         try:
@@ -242,20 +243,16 @@ class Claimer:
     async def _wait_for_work(self) -> None:
         self._resting = True
         try:
-            await self._wait_woken()
+            while self._paused:
+                self.bell.clear()
+                await self.bell.wait()
+            wake_at = min(self._due.at, self._shelf.stale_at())
+            if self._poll_interval is not None:
+                wake_at = min(wake_at, max(self._looked_at, self._begun_at) + self._poll_interval)
+            with trio.move_on_at(wake_at):
+                await self.bell.wait()
         finally:
             self._resting = False
-
-    async def _wait_woken(self) -> None:
-        while self._paused:
-            self.bell.clear()
-            await self.bell.wait()
-        wake_at = self._due.at
-        if self._poll_interval is not None:
-            wake_at = min(wake_at, max(self._looked_at, 0) + self._poll_interval)
-        wake_at = min(wake_at, self._shelf.stale_at())
-        with trio.move_on_at(wake_at):
-            await self.bell.wait()
 
     def _hand_back_stale(self) -> None:
         stale_at = self._shelf.stale_at()
