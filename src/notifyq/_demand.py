@@ -61,9 +61,7 @@ class Floor:
         low, high = self.priorities or (priority, priority)
         if low <= priority <= high:
             self.lower(priority, number)
-        elif priority > high:
-            self.reset()  # what else was written, and where, is not told
-        return priority >= low
+        return priority >= low  # above it: what else was written is not told
 
     def lower(self, priority: int, number: int) -> None:
         """A ticket was written at this number."""
