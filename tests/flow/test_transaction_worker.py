@@ -11,6 +11,7 @@ import trio
 import notifyq
 from notifyq import Connection, Job, Queue
 from notifyq._models import Completed
+from notifyq._verdict import judge
 from notifyq.events import JobCancelled, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
 
 if TYPE_CHECKING:
@@ -129,7 +130,12 @@ async def test_an_output_that_cannot_be_stored_rolls_back(start, nq, written, ou
 
 
 async def test_an_output_that_the_server_refuses_rolls_back(start, nq, written, monkeypatch):
-    monkeypatch.setattr("notifyq._executor.judge", lambda job, *_, **__: Completed(job.id, job.attempt, '"\\u0000"', 0))
+    def judged(job: Job[int], result: Any, error: Exception | None, **rules: Any) -> Any:
+        if error is not None:
+            return judge(job, result, error, **rules)
+        return Completed(job.id, job.attempt, '"\\u0000"', 0)
+
+    monkeypatch.setattr("notifyq._executor.judge", judged)
     queue = queue_of(write)
     seen = await start(queue)
     await nq.send(queue, 1)
@@ -365,12 +371,18 @@ async def test_a_commit_that_takes_too_long_is_ended_and_the_job_runs_again(
 
 async def test_a_timeout_during_the_commit_comes_too_late(start, nq, connection, written, monkeypatch):
     await slow_commit(connection, 1.5)  # longer than a handler that ignores its timeout is waited for
-    queue = queue_of(write)
+    runs: list[int] = []
+
+    async def work(job: Job[int], on: Connection) -> int:
+        runs.append(job.attempt)
+        return await write(job, on)
+
+    queue = queue_of(work)
     seen = await start(queue, lease=1)
     sent = await nq.send(queue, 1, timeout=0.2)
     await seen.wait(JobCompleted)
     record = await nq.get(sent)
-    assert (record.state, record.attempt) == ("completed", 1)
+    assert (record.state, record.attempt, runs) == ("completed", 1, [1])
     assert await written() == [1]
     assert (seen.of(JobFailed), seen.of(LeaseLost)) == ([], [])
 
