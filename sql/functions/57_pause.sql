@@ -51,9 +51,11 @@ $$;
 -- characters, or none. A pattern leaves out the dead-letter queues of others, whose jobs would run again
 -- as soon as they have failed for good: those are served by their names.
 create or replace function notifyq.served(names text[]) returns setof notifyq.queue
-language sql stable
+language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
+begin
+    return query
     select q.*
     from notifyq.queue q
     where q.name = any (served.names)
@@ -66,5 +68,6 @@ as $$
         where strpos(n.name, '*') > 0
     )
     and q.name <> all (served.names)
-    and q.number not in (select d.dead_letter from notifyq.queue d where d.dead_letter is not null)
+    and q.number not in (select d.dead_letter from notifyq.queue d where d.dead_letter is not null);
+end
 $$;

@@ -16,6 +16,7 @@ from psycopg.pq import TransactionStatus
 
 from ._connection import ANSWER_TIMEOUT
 from ._errors import ConnectionLost, NotifyqError
+from ._lock import QuickLock
 from ._models import Completed, Failed, Released
 from ._settler import DATA_ERRORS, output_refused
 from ._sql import is_connection_loss
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["Atomic"]
 
 
+PATIENCE = 10.0
+"""Seconds a job waits for its turn before it is handed back: somebody else may have a connection free."""
+
+
 class _RolledBack(Exception):
     """Ends the transaction; what is left to be settled is in ``outcome``."""
 
@@ -45,8 +50,12 @@ class Atomic:
     """Runs handlers in transactions of their own."""
 
     def __init__(self, pool: Pool, store: Store, runtime: UUID, events: Events) -> None:
-        """``pool`` is the handlers'; each handler holds one of its connections while it runs."""
+        """``pool`` is the handlers'; each handler holds one of its connections while it runs.
+
+        One connection is spared, so that handlers that hold all others can still report progress, and send.
+        """
         self._pool = pool
+        self._turns = QuickLock(max(1, pool.statistics().size - 1))
         self._store = store
         self._runtime = runtime
         self._events = events
@@ -66,6 +75,10 @@ class Atomic:
         """
         async with contextlib.AsyncExitStack() as stack:
             try:
+                with trio.move_on_after(PATIENCE) as patience:
+                    await stack.enter_async_context(self._turns)
+                if patience.cancelled_caught:
+                    return Released(job.id, job.attempt)
                 connection = await stack.enter_async_context(self._pool.connection())
             except NotifyqError:  # all are in use, or the server is away: it was not started, and is handed back
                 return Released(job.id, job.attempt)

@@ -189,9 +189,10 @@ class Queue(Generic[In, Out]):
                 between looks for jobs that no notification told of (default: with every beat, about 5 s);
                 ``middleware``, around every call, inside the runtime's own; ``min_priority`` and ``max_priority``, to
                 take only jobs of these priorities and what lies between (default: all).
-            transaction: the function, an ``async def``, takes ``(job, connection)``. The connection, one of the runtime's
-                ``pool_size``, has a transaction open: what is written there and the job's completion commit together.
-                If it raises, times out, is cancelled, or the job was taken away meanwhile, nothing of it is kept.
+            transaction: the function, an ``async def``, takes ``(job, connection)``. The connection has a transaction
+                open: what is written there and the job's completion commit together. If it raises, times out, is
+                cancelled, or the job was taken away meanwhile, nothing of it is kept. At most ``pool_size - 1`` of the
+                runtime run at once; a job that gets no connection is handed back.
 
         Raises:
             InvalidOption: a second worker, an option that does not exist, or a function of the wrong kind.

@@ -626,11 +626,12 @@ async def test_a_job_that_no_notification_told_of_is_found_with_the_next_beat(st
     await seen.wait(JobCompleted, seconds=2)
 
 
-async def test_an_idle_runtime_of_ten_queues_runs_a_statement_in_five_seconds(monkeypatch, tmp_path_factory):
+@pytest.mark.parametrize("names", [[f"q{number}" for number in range(10)], ["q*"]], ids=["named", "by a pattern"])
+async def test_an_idle_runtime_of_ten_queues_runs_a_statement_in_five_seconds(monkeypatch, tmp_path_factory, names):
     monkeypatch.setattr("notifyq._maintenance.FIRST", (0.0, 0.0))  # the round of every 100 s or so, over at once
     queues = []
-    for number in range(10):
-        queue = Queue(f"q{number}", int, int)
+    for name in names:
+        queue = Queue(name, int, int)
         queue.worker(lambda job: job.data)
         queues.append(queue)
     mine = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
@@ -639,6 +640,7 @@ async def test_an_idle_runtime_of_ten_queues_runs_a_statement_in_five_seconds(mo
         connection = await open_connection(dsn)
         await connection.execute("create extension pg_stat_statements")
         await _schema.apply(connection, "notifyq")
+        await connection.execute("select notifyq.create_queue('q' || number) from generate_series(0, 9) number")
         runtime = notifyq.Runtime(queues, dsn=dsn)
         async with trio.open_nursery() as nursery:
             with trio.fail_after(30):

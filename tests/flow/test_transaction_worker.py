@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 import trio
+import trio.testing
 
 import notifyq
 from notifyq import Connection, Job, Queue
@@ -390,7 +391,8 @@ async def test_a_timeout_during_the_commit_comes_too_late(start, nq, connection,
 # its surroundings
 
 
-async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, written):
+async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, written, monkeypatch):
+    monkeypatch.setattr("notifyq._atomic.PATIENCE", 0.2)
     gate = trio.Event()
 
     async def work(job: Job[int], connection: Connection) -> int:
@@ -399,7 +401,7 @@ async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, w
         return await write(job, connection)
 
     queue = queue_of(work, retry_limit=0, concurrency=2)
-    seen = await start(queue, pool_size=1, connect_timeout=0.2)
+    seen = await start(queue, pool_size=1)
     holder = await nq.send(queue, 0)
     sent = await nq.send(queue, 1)
     with trio.fail_after(10):
@@ -410,6 +412,53 @@ async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, w
         assert await nq.result(sent) == 1
     assert (await nq.get(sent)).attempt == 1
     assert (seen.of(JobFailed), seen.of(LeaseLost)) == ([], [])
+
+
+async def test_other_handlers_that_hold_all_connections_spend_no_attempt(start, nq, written):
+    gate = trio.Event()
+    other = Queue("other", int, int)
+
+    @other.worker(poll_interval=HOUR)
+    async def hold(job: Job[int]) -> int:
+        async with job.client.connection():
+            await gate.wait()
+        return job.data
+
+    queue = queue_of(write, retry_limit=0)
+    seen = await start(queue, other, pool_size=1, connect_timeout=0.2)
+    await nq.send(other, 0)
+    await trio.testing.wait_all_tasks_blocked(0.1)
+    sent = await nq.send(queue, 1)
+    with trio.fail_after(10):
+        while (await nq.get(sent)).state != "ready":  # handed back
+            await trio.sleep(0.005)
+        gate.set()
+        assert await nq.result(sent) == 1
+    assert (seen.of(JobFailed), seen.of(LeaseLost)) == ([], [])
+
+
+async def test_handlers_in_all_slots_can_still_report_progress_and_send(start, nq, written):
+    child = Queue("child", int, int)
+    await nq.create_queue(child)
+    running = 0
+    all_running = trio.Event()
+
+    async def work(job: Job[int], connection: Connection) -> int:
+        nonlocal running
+        running += 1
+        if running == 3:
+            all_running.set()
+        await all_running.wait()
+        await job.progress({"half": True})
+        await job.client.send(child, job.data)
+        return await write(job, connection)
+
+    queue = queue_of(work, concurrency=10)
+    seen = await start(queue, pool_size=4)
+    await nq.send_many(queue, range(9))
+    await seen.wait(JobCompleted, 9, seconds=5)
+    assert len(await nq.jobs(queue=child)) == 9
+    assert seen.of(JobFailed) == []
 
 
 async def test_a_connection_that_broke_while_unused_spends_no_attempt(start, nq, connection, written):
