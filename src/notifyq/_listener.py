@@ -214,8 +214,10 @@ class Listener:
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
         await self._store.keepalive(connection)
-        while missing := self._interests.keys() - self._interests_held:  # waiters may come while we are at it
-            for queue in missing:
+        # Waiters and channels may come while we are at it.
+        while self._interests.keys() - self._interests_held or self._channels.keys() - self._listening:
+            await self._hear_all(connection)
+            for queue in self._interests.keys() - self._interests_held:
                 await self._hold_interest(connection, queue)
 
     async def _hear_all(self, connection: TrioConnection) -> None:

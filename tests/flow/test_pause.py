@@ -204,8 +204,7 @@ async def test_a_runtime_that_never_heard_of_the_pause_looks_when_it_is_over(sta
     await nq.send(queue, 1)
     await nq.send(queue, 2, delay=0.1)
     await idle(0.5)
-    # Each ring was looked into in vain, and perhaps the due time: nothing spins.
-    assert 1 <= len(claims) <= 3
+    assert 1 <= len(claims) <= 6  # each ring was looked into in vain, and perhaps the due time; one that spins makes 40
     assert seen.of(JobClaimed) == []
     await nq.resume_queue(queue)
     await seen.wait(JobCompleted, 2, seconds=1)
@@ -220,7 +219,7 @@ async def test_a_due_time_that_passes_in_an_unheard_pause_does_not_spin(start, n
     await nq.pause(queue)
     claims.clear()
     await idle(0.6)
-    assert len(claims) <= 1
+    assert len(claims) <= 2  # one that spins makes 30
     await nq.resume_queue(queue)
     await seen.wait(JobCompleted, seconds=1)
 

@@ -9,8 +9,9 @@ import trio
 import trio.testing
 
 import notifyq
-from notifyq import Job, Queue, events
+from notifyq import Connection, Job, Queue, events
 from notifyq._listener import Listener
+from notifyq._store import Store
 from notifyq._worker import QueueWorker
 from notifyq.events import JobCompleted, LeaseLost, ListenerDown, ListenerUp, ServerTrouble
 
@@ -267,6 +268,26 @@ async def test_what_was_missed_while_the_listener_was_down_is_found_when_it_is_u
     await seen.wait(ListenerDown)
     await seen.wait(ListenerUp, 2)
     await seen.wait(JobCompleted, 3 if also_new else 2)
+
+
+async def test_a_queue_that_comes_while_the_listener_is_coming_up_is_heard(start, nq, connection, monkeypatch, rosters):
+    seen = await start(pattern("tenant.*"), lease=HOUR)
+    keepalive = Store.keepalive
+
+    async def meanwhile(self: Store, on: Connection) -> None:
+        """The last statement of a connect."""
+        await nq.create_queue(Queue("tenant.a"))
+        rosters[0].look()
+        await until_async(lambda: rosters[0].workers)
+        await keepalive(self, on)
+
+    monkeypatch.setattr(Store, "keepalive", meanwhile)
+    terminate = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'notifyq listener'"
+    await connection.execute(terminate.encode())
+    await seen.wait(ListenerUp, 2)
+    await trio.testing.wait_all_tasks_blocked(0.1)
+    await nq.send(Queue("tenant.a", int), 1)
+    await seen.wait(JobCompleted, seconds=1)
 
 
 async def test_stopping_while_queues_are_made_ends(start, nq, connection):
