@@ -6,6 +6,7 @@ into an outcome. Whatever a handler does, its slot survives; what is not an ``Ex
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -41,7 +42,7 @@ class _Run:
     jobs: list[Job[Any]]
     scope: trio.CancelScope
     reason: str | None = None
-    """Why it is being cancelled: ``cancel``, ``lost`` or ``shutdown``; a timeout needs none."""
+    """Why it is being cancelled: ``cancel``, ``lost``, ``shutdown`` or ``unstarted``; a timeout needs none."""
     given_up: bool = False
     """It ignored a timeout: its jobs were failed, and what it returns is refused."""
     connection: TrioConnection | None = None
@@ -158,7 +159,8 @@ class Executor:
     def stop_all(self) -> None:
         """Cancel every handler; their jobs are tried again."""
         for run in list(self._runs.values()):
-            self._stop(run, "shutdown")
+            started = run.connection is not None or not self._worker.transaction
+            self._stop(run, "shutdown" if started else "unstarted")
 
     def _stop(self, run: _Run, reason: str) -> None:
         run.reason = run.reason or reason
@@ -212,7 +214,7 @@ class Executor:
         try:
             with run.scope:
                 if self._worker.transaction:
-                    left = await self._run_in_transaction(run, started)
+                    left = await self._run_in_transaction(run)
                     run.decided = True
                 else:
                     result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
@@ -245,12 +247,17 @@ class Executor:
             "elapsed": trio.current_time() - started,
         }
 
-    async def _run_in_transaction(self, run: _Run, started: float) -> Outcome | None:
+    async def _run_in_transaction(self, run: _Run) -> Outcome | None:
         """Returns what is left to be settled. Raises what the handler raised: then nothing was written."""
         [job] = run.jobs
+        started = 0.0
+        run.scope.deadline = math.inf  # it does not run while it waits for a connection
 
         async def call(connection: TrioConnection) -> Any:
+            nonlocal started
+            started = trio.current_time()
             run.connection = connection
+            run.scope.deadline = job.deadline = started + job.timeout
             return await self._call(job)
 
         def committing() -> None:

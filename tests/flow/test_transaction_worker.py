@@ -13,7 +13,7 @@ import notifyq
 from notifyq import Connection, Job, Queue
 from notifyq._models import Completed
 from notifyq._verdict import judge
-from notifyq.events import JobCancelled, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
+from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -413,6 +413,44 @@ async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, w
         assert await nq.result(sent) == 1
     assert (await nq.get(sent)).attempt == 1
     assert (seen.of(JobFailed), seen.of(LeaseLost)) == ([], [])
+
+
+async def test_waiting_for_a_connection_is_no_part_of_the_attempt(start, nq, written):
+    gate = trio.Event()
+
+    async def work(job: Job[int], connection: Connection) -> int:
+        if job.data == 0:
+            await gate.wait()
+        return await write(job, connection)
+
+    queue = queue_of(work, retry_limit=0, concurrency=2)
+    seen = await start(queue, pool_size=1, lease=1)
+    await nq.send(queue, 0)
+    sent = await nq.send(queue, 1, timeout=0.3)
+    await seen.wait(JobClaimed, 2)
+    await trio.sleep(2)  # longer than a handler that ignores its timeout is waited for
+    gate.set()
+    await seen.wait(JobCompleted, 2)
+    assert (await nq.get(sent)).attempt == 1
+    assert (seen.of(JobFailed), seen.of(LeaseLost)) == ([], [])
+
+
+async def test_a_job_that_waits_for_a_connection_when_the_runtime_stops_is_handed_back(start, nq, written):
+    async def work(job: Job[int], connection: Connection) -> int:
+        await write(job, connection)
+        await trio.sleep_forever()
+        return job.data
+
+    queue = queue_of(work, concurrency=2)
+    seen = await start(queue, pool_size=1, grace=0)
+    sent = [await nq.send(queue, data) for data in (0, 1)]
+    await seen.wait(JobClaimed, 2)
+    await trio.testing.wait_all_tasks_blocked(0.1)
+    seen.runtime.stop()
+    await seen.wait(notifyq.events.RuntimeStopped)
+    records = [await nq.get(one) for one in sent]
+    assert [(record.state, record.attempt) for record in records] == [("ready", 1), ("ready", 0)]
+    assert await written() == []
 
 
 async def test_other_handlers_that_hold_all_connections_spend_no_attempt(start, nq, written):
