@@ -151,6 +151,7 @@ begin
     returning * into standing;
     if found then
         perform notifyq.update_queue(create_queue.name, create_queue.options);
+        perform notifyq.tell_queues();
         return 'created';
     end if;
     standing := notifyq.queue_named(create_queue.name);
@@ -228,6 +229,9 @@ begin
             wanted.rate_limit, wanted.rate_period, wanted.key_rate_limit, wanted.key_rate_period, wanted.fair, wanted.ageing)
     where q.name = update_queue.name;
     perform notifyq.apply_rules(standing);
+    if update_queue.options ? 'dead_letter' then
+        perform notifyq.tell_queues(); -- patterns do not serve dead-letter queues
+    end if;
 exception when check_violation or not_null_violation then
     raise exception 'an option of queue % is out of its range: %', update_queue.name, update_queue.options
     using errcode = 'NQ003', detail = sqlerrm;
@@ -310,6 +314,7 @@ begin
     delete from notifyq.key k where k.queue = doomed.number;
     delete from notifyq.gate g where g.queue = doomed.number;
     delete from notifyq.queue q where q.number = doomed.number;
+    perform notifyq.tell_queues();
     return deleted;
 end
 $$;

@@ -63,7 +63,9 @@ $$;
 -- one (a claim by hand): the job must be settled or touched within lease (default: the job's
 -- timeout). priorities and floors: look only from floors[i] on at priorities[i]; null: look
 -- from the beginning. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
--- but fail as 'expired'; with many of those a claim may return fewer than there are.
+-- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
+-- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
+-- priorities say it.
 --
 -- Locks: the runtime's row (key share), the gate, then tickets in order. Tickets locked by others are
 -- stepped over. The job is read in a later statement than the one that locks its ticket, so
@@ -74,7 +76,9 @@ create or replace function notifyq.claim(
     runtime uuid default null,
     lease interval default null,
     priorities smallint[] default null,
-    floors bigint[] default null
+    floors bigint[] default null,
+    min_priority int default null,
+    max_priority int default null
 )
 returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
@@ -121,10 +125,12 @@ begin
         q.gated
     into n, live, due, gated
     from notifyq.queue q
-    where q.name = claim.queue;
+    where q.name = claim.queue
+    and not q.paused;
     if (live and not due) is not true then
         if n is null then
             perform notifyq.queue_named(claim.queue);
+            return; -- paused
         end if;
         if not live then
             raise exception 'runtime % has no live lease', claim.runtime
@@ -139,7 +145,24 @@ begin
 
     if gated then
         select a.jobs, a.numbers, a.attempts into jobs, numbers, attempts
-        from notifyq.admit(n, claim.how_many) a;
+        from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
+            coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767)) a;
+    elsif claim.floors is null and claim.min_priority is null and claim.max_priority is null then
+        with gone as (
+            delete from notifyq.ready r
+            where r.ctid = any (array(
+                select t.ctid
+                from notifyq.ready t
+                where t.queue = n
+                order by t.priority desc, t.number
+                limit claim.how_many
+                for update skip locked
+            ))
+            returning r.job, r.number, r.attempt, r.priority
+        )
+        select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
+        into jobs, numbers, attempts
+        from (select * from gone order by priority desc, number) g;
     elsif claim.floors is null then
         with gone as (
             delete from notifyq.ready r
@@ -147,6 +170,7 @@ begin
                 select t.ctid
                 from notifyq.ready t
                 where t.queue = n
+                and t.priority between coalesce(claim.min_priority, -32768) and coalesce(claim.max_priority, 32767)
                 order by t.priority desc, t.number
                 limit claim.how_many
                 for update skip locked
@@ -220,7 +244,8 @@ begin
 end
 $$;
 
--- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null.
+-- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null, also
+-- when it is paused: nothing is to be done then.
 create or replace function notifyq.next_due(queue int) returns timestamptz
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -235,4 +260,5 @@ as $$
         ),
         (select g.next_start_at from notifyq.gate g where g.queue = next_due.queue)
     )
+    where exists (select from notifyq.queue q where q.number = next_due.queue and not q.paused)
 $$;

@@ -91,9 +91,9 @@ begin
 end
 $$;
 
--- Takes up to how_many tickets that may start out of ready, or blocked, in order; claim() makes
--- them active. Among them are expired ones, which hold no slot.
-create or replace function notifyq.admit(queue int, how_many int, out jobs bigint[], out numbers bigint[], out attempts int[])
+-- Takes up to how_many tickets that may start, of priorities from low to high, out of ready, or blocked,
+-- in order; claim() makes them active. Among them are expired ones, which hold no slot.
+create or replace function notifyq.admit(queue int, how_many int, low int, high int, out jobs bigint[], out numbers bigint[], out attempts int[])
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -123,7 +123,7 @@ begin
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
     window_size := greatest(room, 16);
     while room > 0 and looked_at < most_looked_at loop
-        select * into sifted from notifyq.sift(q, window_size, room, started_keys, moment);
+        select * into sifted from notifyq.sift(q, window_size, room, admit.low, admit.high, started_keys, moment);
         exit when sifted.looked_at = 0;
         looked_at := looked_at + sifted.looked_at;
         jobs := jobs || sifted.jobs;
@@ -137,7 +137,7 @@ begin
         window_size := least(window_size * 4, 2000);
     end loop;
     if (q.fair or q.key_rate_limit is not null) and cardinality(started_keys || rated_keys) > 0 then
-        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, greatest(room, 0), moment);
+        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, greatest(room, 0), admit.low, admit.high, moment);
         jobs := jobs || sifted.jobs;
         numbers := numbers || sifted.numbers;
         attempts := attempts || sifted.attempts;
@@ -175,6 +175,8 @@ create or replace function notifyq.sift(
     queue notifyq.queue,
     how_many int,
     room int,
+    low int,
+    high int,
     had_turn text[],
     moment timestamptz,
     out looked_at int,
@@ -205,6 +207,7 @@ begin
     from (
         select * from notifyq.ready t
         where t.queue = q.number
+        and t.priority between sift.low and sift.high
         order by t.priority desc, t.number
         limit sift.how_many
         for update skip locked
@@ -219,6 +222,7 @@ begin
         from notifyq.ready t
         join notifyq.job j on j.id = t.job
         where t.queue = q.number
+        and t.priority <= sift.high
         and (t.priority > (front[looked_at]).priority or t.priority = (front[looked_at]).priority and t.number < (front[looked_at]).number)
         and t.job <> all (array(select f.job from unnest(front) f));
     end if;
@@ -323,6 +327,8 @@ create or replace function notifyq.take_turns(
     keys text[],
     rated_keys text[],
     room int,
+    low int,
+    high int,
     moment timestamptz,
     out jobs bigint[],
     out numbers bigint[],
@@ -356,6 +362,7 @@ begin
                 where b.queue = q.number
                 and b.key = t.key
                 and b.parents = 0
+                and b.priority between take_turns.low and take_turns.high
                 order by b.priority desc, b.number
                 limit least(
                     greatest(take_turns.room / cardinality(turns), 1),

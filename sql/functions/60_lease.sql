@@ -1,6 +1,7 @@
 -- Leases: a runtime holds one row and renews it; what a dead one held is rescued.
 
--- Registers a runtime, or renews the registration of one whose lease was lost.
+-- Registers a runtime, or renews the registration of one whose lease was lost. queues: names, and
+-- patterns with * for any run of characters: see served().
 create or replace function notifyq.register(
     runtime uuid,
     queues text[],
@@ -21,15 +22,19 @@ $$;
 -- Renews a runtime's lease, and is its poll: what it must know if every NOTIFY was lost.
 --
 -- renewed: false when the runtime is not registered (its lease lapsed and it was rescued).
--- cancels: its jobs with an outstanding cancel request. ready: the numbers of its queues that
--- have ready or due jobs. due_in: seconds until the next due time by queue number. lapse_in:
+-- cancels: its jobs with an outstanding cancel request. ready: the numbers of those of these queues that
+-- have ready or due jobs and are not paused; of the i-th queue only jobs with priorities from lows[i] to
+-- highs[i] (null: all) count. due_in: seconds until the next due time by queue number. lapse_in:
 -- seconds until somebody else's lease, or a claim by hand, lapses: rescue() is due then. schedules:
--- another number than before when some schedule was made, changed or removed. clock: the server's.
+-- another number than before when some schedule was made, changed or removed. clock: the server's. serves:
+-- changes when one of the queues it was registered for is made, deleted, paused or resumed: see served().
 --
 -- Locks: the runtime's row.
 create or replace function notifyq.beat(
     runtime uuid,
     queues int[] default '{}',
+    lows int[] default null,
+    highs int[] default null,
     out renewed boolean,
     out held int,
     out cancels bigint[],
@@ -37,18 +42,25 @@ create or replace function notifyq.beat(
     out due_in jsonb,
     out lapse_in float8,
     out schedules bigint,
-    out clock float8
+    out clock float8,
+    out serves text
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
 as $$
+declare
+    registered_for text[];
 begin
     update notifyq.runtime r
     set beat_at = clock_timestamp(), lease_until = clock_timestamp() + r.lease
-    where r.id = beat.runtime;
+    where r.id = beat.runtime
+    returning r.queues into registered_for;
     renewed := found;
+    select md5(string_agg(s.number || case when s.paused then ' paused' else '' end, ',' order by s.number))
+    into serves
+    from notifyq.served(registered_for) s;
     select count(*), coalesce(array_agg(a.job) filter (where a.cancel_requested_at is not null), '{}')
     into held, cancels
     from notifyq.active a
@@ -57,8 +69,14 @@ begin
         coalesce(jsonb_object_agg(n.queue, extract(epoch from n.due - clock_timestamp())) filter (where n.due is not null), '{}')
     into ready, due_in
     from (
-        select u.queue, exists (select from notifyq.ready t where t.queue = u.queue) as standing, notifyq.next_due(u.queue) as due
-        from unnest(beat.queues) u (queue)
+        select u.queue, notifyq.next_due(u.queue) as due,
+            exists (select from notifyq.queue q where q.number = u.queue and not q.paused)
+            and exists (
+                select from notifyq.ready t
+                where t.queue = u.queue
+                and t.priority between coalesce(u.low, -32768) and coalesce(u.high, 32767)
+            ) as standing
+        from rows from (unnest(beat.queues), unnest(beat.lows), unnest(beat.highs)) u (queue, low, high)
     ) n;
     select extract(epoch from min(l.lapses) - clock_timestamp()) into lapse_in
     from (

@@ -26,6 +26,7 @@ create table notifyq.queue (
     dead_letter int references notifyq.queue (number) check (dead_letter <> number),
     max_data_bytes int not null default 1048576 check (max_data_bytes > 0),
     bell text not null default 'always' check (bell in ('always', 'never')),
+    paused boolean not null default false,
     created_at timestamptz not null default now(),
     policy text not null default 'standard' check (policy in ('standard', 'short', 'singleton', 'stately', 'exclusive', 'ordered')),
     key_limit int check (key_limit is null or key_limit > 0 and policy not in ('singleton', 'stately', 'ordered')),

@@ -104,7 +104,8 @@ select
     ) as head_age,
     (select s.due_at from notifyq.scheduled s where s.queue = q.number order by s.due_at limit 1) as next_due,
     coalesce(s.due, 0) as due,
-    f.last_finished_at
+    f.last_finished_at,
+    q.paused
 from notifyq.queue q
 left join (select t.queue, count(*) as jobs, count(*) filter (where t.attempt > 0) as retrying from notifyq.ready t group by t.queue) r on r.queue = q.number
 left join (

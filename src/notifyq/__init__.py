@@ -20,6 +20,7 @@ The flow, and where it is: send (``_client``, ``sql/functions/10_send.sql``) →
 from . import events
 from ._client import Client
 from ._connect import connect
+from ._connection import TrioConnection as Connection
 from ._errors import (
     ClientClosed,
     ConnectionLost,
@@ -46,6 +47,7 @@ __all__ = [
     "BatchResult",
     "Client",
     "ClientClosed",
+    "Connection",
     "ConnectionLost",
     "Discard",
     "Fail",

@@ -6,7 +6,8 @@ import sys
 
 import psycopg
 
-from ._cli_schedules import cli
+from . import _cli_queues, _cli_schedules  # noqa: F401 - their commands are added to the others
+from ._cli import cli
 from ._errors import NotifyqError
 
 

@@ -32,6 +32,13 @@ class Calls:
         except psycopg.Error as error:
             raise_as_ours(error)
 
+    async def run(self, connection: TrioConnection, call: Bound) -> list[Any]:
+        """Make a call that was bound. Raises as ``rows``."""
+        try:
+            return await connection.fetch(call.statement, call.arguments)
+        except psycopg.Error as error:
+            raise_as_ours(error)
+
     def bind(self, text: LiteralString, *arguments: Any) -> Bound:
         """A call to be sent later, or many times."""
         return Bound(self._statement(text), [literal(argument) for argument in arguments])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -17,8 +16,10 @@ import trio
 from ._backoff import reconnect_delay
 from ._bell import Bell
 from ._connection import ANSWER_TIMEOUT
-from ._demand import Floor, Rate, demand, within
-from ._errors import ConnectionLost, NoLease, NotifyqError
+from ._demand import Floor, Rate, demand
+from ._due import DueTime
+from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
+from ._shelf import Shelf
 from .events import JobClaimed, ServerTrouble
 
 if TYPE_CHECKING:
@@ -38,13 +39,6 @@ LOOK_SHARE = 0.05
 CHEAP_LOOK = 0.004
 """Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
-STALE_SECONDS = 1.0
-"""A job that has waited here so long for a slot is handed back: the work has become slower than it was when it was claimed,
-somebody else may have a slot free, and the deadline in the database has been running."""
-
-DUE_AGAIN = 0.01
-"""Seconds until a due ticket that another runtime is promoting is looked for again."""
-
 
 class Claimer:
     """Feeds the slots of one queue. Take jobs with ``take()``; say ``finished()`` for each."""
@@ -59,6 +53,9 @@ class Claimer:
         claim_at_once: Callable[[int, Callable[[list[Claimed] | Exception], None]], bool],
         next_due: Callable[[], Awaitable[tuple[float | None, float]]],
         release: Callable[[Claimed], object],
+        gone: Callable[[], object],
+        priorities: tuple[int, int] | None = None,
+        quiet: bool = False,
         events: Events,
     ) -> None:
         """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue.
@@ -66,7 +63,10 @@ class Claimer:
         ``claim_at_once(how_many, answered)`` sends a claim from the beginning without waiting, if that can be done now;
         ``answered`` then gets the jobs or the error.
 
-        ``release`` hands back a job that did not start; it never waits.
+        ``release`` hands back a job that did not start; it never waits. ``gone`` is called when the queue was not there.
+
+        ``priorities`` are the lowest and the highest that ``claim`` may take. ``quiet``: it is told of what is there at
+        the start, and does not look by itself.
         """
         self.queue = queue
         self.bell = Bell()
@@ -78,17 +78,14 @@ class Claimer:
         self._next_due = next_due
         self._release = release
         self._events = events
-        self._floor = Floor()
-        self._buffer: deque[Claimed] = deque()
-        self._takers = trio.lowlevel.ParkingLot()
+        self._floor = Floor(priorities)
+        self._shelf = Shelf()
         self._room = Bell()
         self._running = 0
         self._idle_demand = 0
         self._looked_at = -math.inf
         self._look_seconds = 0.0
-        self._due_at: float = math.inf
-        self._clock_offset: float | None = None
-        self._due_unknown = True
+        self._due = DueTime()
         self._random = random.Random()
         self._resting = False
         self._asked_for = 0
@@ -96,40 +93,52 @@ class Claimer:
         self._answered = trio.lowlevel.ParkingLot()
         self._refusal: Exception | None = None
         self._ending = False
+        self._gone = gone
+        self._quiet = quiet
+        self._paused = False
 
     # what others call
 
     def heard(self, payload: str) -> None:
         """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<epoch seconds>`` or ``look``."""
         kind, _, rest = payload.partition(":")
-        asked = kind == "r" and self._ask()  # what follows can wait, a job that is to start cannot
+        asked = False
+        if self._paused:
+            return
         try:
             if kind == "r":
-                priority, _, number = rest.partition(":")
-                self._floor.lower(within(priority, 2**15), within(number, 2**63))
-            elif kind == "d" and self._clock_offset is not None:
-                due_at = float(rest) + self._clock_offset
-                if not due_at < self._due_at:
+                if not self._floor.heard(rest):
                     return
-                self._due_at = due_at
-            else:
-                self._due_unknown = True
+                asked = self._ask()
+            elif kind != "d":
+                self._due.unknown = True
+            elif not self._due.heard(rest):
+                return
         except ValueError:
             pass  # not from our trigger; look anyway
         if not asked:
             self.bell.ring()
 
+    def pause(self, paused: bool) -> None:
+        """Claim nothing, and hand back what has not been taken; or claim again, beginning with a look."""
+        if paused == self._paused:
+            return
+        self._paused = paused
+        if paused:
+            self._hand_back(self.take_back())
+            self._room.ring()
+        else:
+            self.look_again()
+
     def look_again(self) -> None:
         """Look from the beginning, and for the next due time: notifications may have been missed."""
         self._looked_at = -math.inf
-        self._due_unknown = True
+        self._due.unknown = True
         self.bell.ring()
 
     def due_in(self, seconds: float) -> None:
         """The beat saw a ticket that is due in so many seconds."""
-        due_at = trio.current_time() + seconds
-        if due_at < self._due_at - DUE_AGAIN:
-            self._due_at = max(due_at, trio.current_time() + DUE_AGAIN)
+        if self._due.told(seconds, trio.current_time()):
             self.bell.ring()
 
     def poll(self) -> None:
@@ -139,9 +148,7 @@ class Claimer:
 
     async def take(self, how_many: int) -> list[Claimed]:
         """Wait for jobs and take up to so many, in order."""
-        while not self._buffer:
-            await self._takers.park()
-        jobs = [self._buffer.popleft() for _ in range(min(how_many, len(self._buffer)))]
+        jobs = await self._shelf.take(how_many)
         self._running += len(jobs)
         self._room.ring()
         return jobs
@@ -149,35 +156,34 @@ class Claimer:
     def finished(self) -> None:
         """A job that was taken has ended."""
         self._running -= 1
-        in_hand = self._running or self._buffer
+        in_hand = self._running or self._shelf
         self._rate.finished(None if in_hand else trio.current_time())
         self._idle_demand = 0 if in_hand else self._demand()
         self._room.ring()
 
     def take_back(self) -> list[Claimed]:
         """All jobs that have not been taken."""
-        jobs = list(self._buffer)
-        self._buffer.clear()
-        return jobs
+        return self._shelf.take_back()
 
     def drop(self, job_ids: Container[int]) -> list[Claimed]:
         """Take these jobs out, as far as they have not been taken."""
-        dropped = [job for job in self._buffer if job.id in job_ids]
+        dropped = self._shelf.drop(job_ids)
         if dropped:
-            self._buffer = deque(job for job in self._buffer if job.id not in job_ids)
             self._room.ring()
         return dropped
 
     def waiting(self) -> set[tuple[int, int]]:
         """The attempts that have not been taken, as (job, attempt)."""
-        return {(job.id, job.attempt) for job in self._buffer}
+        return self._shelf.waiting()
 
     # the loop
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until cancelled. A claim under way is finished, so that no job is claimed and forgotten."""
         task_status.started()
-        self.bell.ring()
+        self._begun_at = trio.current_time()
+        if not self._quiet:
+            self.bell.ring()
         try:
             await self._claim_for_ever()
         finally:
@@ -192,11 +198,13 @@ class Claimer:
             self._hand_back_stale()
             try:
                 await self._drain()
-                if self._due_unknown or self._due_at <= trio.current_time():
+                if self._due.unknown or self._due.at <= trio.current_time():
                     await self._learn_due()
                 failures = 0
             except (NotifyqError, psycopg.Error) as error:
-                if failures == 0 and not isinstance(error, NoLease):
+                if isinstance(error, UnknownQueue):
+                    self._gone()
+                elif failures == 0 and not isinstance(error, NoLease):
                     self._events.emit(ServerTrouble("claim", f"queue {self.queue}: {error}"))
                 failures += 1
                 await trio.sleep(reconnect_delay(failures, self._random))
@@ -221,9 +229,9 @@ class Claimer:
             self._refusal = answer
             self.bell.ring()
         elif self._ending:
-            self._buffer.extend(answer)
+            self._shelf.put(answer)
         else:
-            takers = len(self._takers)
+            takers = self._shelf.takers
             self._looked(self._asked_at, answer)
             if len(answer) == asked_for or len(answer) > takers:  # there may be more, or some may have to wait here
                 self.bell.ring()
@@ -235,32 +243,26 @@ class Claimer:
     async def _wait_for_work(self) -> None:
         self._resting = True
         try:
-            await self._wait_woken()
+            while self._paused:
+                self.bell.clear()
+                await self.bell.wait()
+            wake_at = min(self._due.at, self._shelf.stale_at())
+            if self._poll_interval is not None:
+                wake_at = min(wake_at, max(self._looked_at, self._begun_at) + self._poll_interval)
+            with trio.move_on_at(wake_at):
+                await self.bell.wait()
         finally:
             self._resting = False
 
-    async def _wait_woken(self) -> None:
-        wake_at = self._due_at
-        if self._poll_interval is not None:
-            wake_at = min(wake_at, max(self._looked_at, 0) + self._poll_interval)
-        wake_at = min(wake_at, self._stale_at())
-        if wake_at == math.inf:
-            await self.bell.wait()
-        else:
-            with trio.move_on_at(wake_at):
-                await self.bell.wait()
-
-    def _stale_at(self) -> float:
-        # While there are takers, what is buffered is about to be taken.
-        waits = self._buffer and not self._takers
-        return self._buffer[0].claimed_at + STALE_SECONDS if waits else math.inf
-
     def _hand_back_stale(self) -> None:
-        stale_at = self._stale_at()
+        stale_at = self._shelf.stale_at()
         if stale_at == math.inf or trio.current_time() < stale_at:
             return
         self._rate.reset()
-        for job in self.take_back():
+        self._hand_back(self.take_back())
+
+    def _hand_back(self, jobs: list[Claimed]) -> None:
+        for job in jobs:
             self._release(job)
 
     async def _drain(self) -> None:
@@ -273,6 +275,8 @@ class Claimer:
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self._wait_room()
+            if self._paused:
+                return
             self.bell.clear()
             now = trio.current_time()
             whole = dry or not self._floor.numbers or now >= self._looked_at + self._look_interval()
@@ -309,15 +313,18 @@ class Claimer:
             how_many = self._demand()
             if how_many:
                 return how_many
-            with trio.move_on_at(self._stale_at()):
+            with trio.move_on_at(self._shelf.stale_at()):
                 await self._room.wait()
             self._hand_back_stale()
 
     def _demand(self) -> int:
         per_second = self._rate.measure(trio.current_time())
-        return demand(self._capacity, self._running, len(self._buffer), per_second)
+        return demand(self._capacity, self._running, len(self._shelf), per_second)
 
     def _deliver(self, jobs: list[Claimed]) -> None:
+        if self._paused:  # they were claimed before that
+            self._hand_back(jobs)
+            return
         if not jobs:
             return
         now = trio.current_time()
@@ -326,21 +333,16 @@ class Claimer:
         self._rate.busy(now)
         for job in jobs:
             job.claimed_at = now
-        self._buffer.extend(jobs)
-        self._takers.unpark(count=len(jobs))
+        self._shelf.put(jobs)
         if self._events.wants(JobClaimed):
             for job in jobs:
                 self._events.emit(JobClaimed(self.queue, job.id, job.attempt))
 
     async def _learn_due(self) -> None:
-        self._due_unknown = False
-        self._due_at = math.inf
+        self._due.learning()
         try:
             due, server_now = await self._next_due()
         except BaseException:
-            self._due_unknown = True
+            self._due.unknown = True
             raise
-        now = trio.current_time()
-        self._clock_offset = now - server_now
-        if due is not None:
-            self._due_at = min(self._due_at, max(due + self._clock_offset, now + DUE_AGAIN))
+        self._due.learned(due, server_now, trio.current_time())

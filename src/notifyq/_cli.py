@@ -154,14 +154,6 @@ def send(target: Target, /, queue: str, data: str, as_json: bool, **options: Any
 @cli.command()
 @as_json
 @click.pass_obj
-def queues(target: Target, as_json: bool) -> None:
-    """Counts of every queue."""
-    show(target.ask(Client.queue_stats), as_json, "queues")
-
-
-@cli.command()
-@as_json
-@click.pass_obj
 def runtimes(target: Target, as_json: bool) -> None:
     """The processes that run jobs."""
     show(target.ask(Client.runtimes), as_json, "runtimes")

@@ -10,7 +10,7 @@ import attrs
 if TYPE_CHECKING:
     from ._models import Claimed
 
-__all__ = ["Floor", "Rate", "demand", "within"]
+__all__ = ["Floor", "Rate", "demand"]
 
 PREFETCH_SECONDS = 0.1
 """Observed work claimed beyond what can start at once: enough to hide a round trip, too little to starve a peer."""
@@ -26,7 +26,7 @@ MEASURE_COUNT = 10
 """A sample of the rate is either so many seconds of work or so many jobs."""
 
 
-def within(text: str, limit: int) -> int:
+def _within(text: str, limit: int) -> int:
     """The number in a notification, which anybody may send. Raises ``ValueError`` if it is none that a ticket can have."""
     number = int(text)
     if not -limit <= number < limit:
@@ -46,8 +46,22 @@ def demand(capacity: int, running: int, buffered: int, per_second: float) -> int
 class Floor:
     """Where the live part of the ready index begins, by priority. A hint: looks from the beginning correct it."""
 
+    priorities: tuple[int, int] | None = None
+    """The lowest and the highest that are claimed; None: all."""
     numbers: dict[int, int] = attrs.field(factory=dict)
     _samples: dict[int, deque[tuple[float, int]]] = attrs.field(factory=dict)
+
+    def heard(self, ring: str) -> bool:
+        """Tickets were written, the highest priority among them at ``<priority>:<number>``. False: too low to be claimed.
+
+        Raises ``ValueError`` for what no ticket can have.
+        """
+        text, _, rest = ring.partition(":")
+        priority, number = _within(text, 2**15), _within(rest, 2**63)
+        low, high = self.priorities or (priority, priority)
+        if low <= priority <= high:
+            self.lower(priority, number)
+        return priority >= low  # above it: what else was written is not told
 
     def lower(self, priority: int, number: int) -> None:
         """A ticket was written at this number."""

@@ -6,6 +6,7 @@ into an outcome. Whatever a handler does, its slot survives; what is not an ``Ex
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -20,7 +21,9 @@ from .events import HandlerStuck
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Sequence
 
+    from ._atomic import Atomic
     from ._claimer import Claimer
+    from ._connection import TrioConnection
     from ._middleware import Middleware
     from ._models import Claimed, Job, JobHandle, Outcome
     from ._queue import Queue
@@ -39,9 +42,13 @@ class _Run:
     jobs: list[Job[Any]]
     scope: trio.CancelScope
     reason: str | None = None
-    """Why it is being cancelled: ``cancel``, ``lost`` or ``shutdown``; a timeout needs none."""
+    """Why it is being cancelled: ``cancel``, ``lost``, ``shutdown`` or ``unstarted``; a timeout needs none."""
     given_up: bool = False
     """It ignored a timeout: its jobs were failed, and what it returns is refused."""
+    connection: TrioConnection | None = None
+    """In the transaction that it writes in, if it has one."""
+    decided: bool = False
+    """Its transaction is being committed: nothing that happens here can change the end."""
 
 
 class Executor:
@@ -58,8 +65,12 @@ class Executor:
         middleware: Sequence[Middleware],
         output_limit: int,
         events: Events,
+        atomic: Atomic,
     ) -> None:
-        """``settle`` takes an outcome and the queue's name; ``settled`` waits while too many are not written yet."""
+        """``settle`` takes an outcome and the queue's name; ``settled`` waits while too many are not written yet.
+
+        ``atomic`` runs the handlers that complete their jobs in transactions of their own.
+        """
         if queue.worker_function is None:
             raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
         self._queue = queue
@@ -70,6 +81,7 @@ class Executor:
         self._handle = handle
         self._output_limit = output_limit
         self._events = events
+        self._atomic = atomic
         self._runs: dict[int, _Run] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._threads = trio.CapacityLimiter(self._worker.concurrency)
@@ -78,6 +90,8 @@ class Executor:
 
     def _innermost(self) -> Callable[[Any], Awaitable[Any]]:
         function = self._worker.function
+        if self._worker.transaction:
+            return lambda job: function(job, self._runs[job.id].connection)
         if self._worker.kind != "sync":
             return function
 
@@ -145,7 +159,8 @@ class Executor:
     def stop_all(self) -> None:
         """Cancel every handler; their jobs are tried again."""
         for run in list(self._runs.values()):
-            self._stop(run, "shutdown")
+            started = run.connection is not None or not self._worker.transaction
+            self._stop(run, "shutdown" if started else "unstarted")
 
     def _stop(self, run: _Run, reason: str) -> None:
         run.reason = run.reason or reason
@@ -154,7 +169,8 @@ class Executor:
     def give_up_stuck(self) -> None:
         """Fail the jobs of handlers that ignore their timeout. The slot stays taken until the handler returns."""
         for run in list(self._runs.values()):
-            if run.scope.deadline < trio.current_time() - 1.0 and not run.given_up and run.reason is None:
+            late = run.scope.deadline < trio.current_time() - 1.0
+            if late and not run.given_up and not run.decided and run.reason is None:
                 run.given_up = True
                 for job in run.jobs:
                     self._settle(timed_out(job), self._queue.name)
@@ -194,9 +210,14 @@ class Executor:
             self._runs[job.id] = run
         error: Exception | None = None
         result: Any = None
+        left: Outcome | None = None
         try:
             with run.scope:
-                result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
+                if self._worker.transaction:
+                    left = await self._run_in_transaction(run)
+                    run.decided = True
+                else:
+                    result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
         except Exception as raised:  # also what is left of a group whose other part was our cancelling
             error = raised
         finally:
@@ -207,16 +228,41 @@ class Executor:
                 self._ended.unpark_all()
         if run.given_up:
             return []
+        if run.decided and error is None:
+            return [] if left is None else [left]
         if run.scope.cancel_called:
             # Also when it returned nevertheless: a result that comes after the end was decided is refused.
             ended = run.scope.cancelled_caught or error is not None or trio.current_time() >= run.scope.deadline
             if ended or run.reason == "lost":
                 return [outcome for job in jobs if (outcome := interrupted(job, run.reason)) is not None]
-        rules = {
+        rules = self._rules(started)
+        if self._worker.kind == "batch":
+            return judge_batch(jobs, result, error, **rules)
+        return [judge(jobs[0], result, error, **rules)]
+
+    def _rules(self, started: float) -> dict[str, Any]:
+        return {
             "type_": self._queue.output_type,
             "limit": self._output_limit,
             "elapsed": trio.current_time() - started,
         }
-        if self._worker.kind == "batch":
-            return judge_batch(jobs, result, error, **rules)
-        return [judge(jobs[0], result, error, **rules)]
+
+    async def _run_in_transaction(self, run: _Run) -> Outcome | None:
+        """Returns what is left to be settled. Raises what the handler raised: then nothing was written."""
+        [job] = run.jobs
+        started = 0.0
+        run.scope.deadline = math.inf  # it does not run while it waits for a connection
+
+        async def call(connection: TrioConnection) -> Any:
+            nonlocal started
+            started = trio.current_time()
+            run.connection = connection
+            run.scope.deadline = job.deadline = started + job.timeout
+            return await self._call(job)
+
+        def committing() -> None:
+            run.decided = True
+
+        return await self._atomic.run(
+            job, call, lambda result: judge(job, result, None, **self._rules(started)), committing
+        )

@@ -66,7 +66,8 @@ class Listener:
         self._interests_held: set[int] = set()
         self._taking_interest = trio.Lock()
         self._calls: deque[_Call] = deque()
-        self._questions: list[Bound] = []
+        self._questions: set[str] = set()
+        self._listening: set[str] = set()
         self._answered: Answered | None = None
         self._waiting: trio.CancelScope | None = None
         self._random = random.Random()
@@ -89,7 +90,18 @@ class Listener:
     async def listen(self, channel: str, heard: Callable[[str], object]) -> None:
         """Hear a channel from now on. Raises ``ConnectionLost`` while disconnected (it is heard after the next connect)."""
         self.add_channel(channel, heard)
-        await self.call(lambda connection: self._store.listen(connection, channel))
+        await self.hear()
+
+    async def hear(self) -> None:
+        """Hear from now on what was added since the connect. Raises ``ConnectionLost`` as ``listen`` does."""
+        await self.call(self._hear_all)
+
+    async def forget(self, channel: str) -> None:
+        """Hear a channel no longer. Raises ``ConnectionLost`` while disconnected (then it is not heard anyway)."""
+        self._channels.pop(channel, None)
+        if channel in self._listening:
+            self._listening.discard(channel)
+            await self.call(lambda connection: self._store.unlisten(connection, channel))
 
     async def call(self, function: Callable[[TrioConnection], Awaitable[T]]) -> T:
         """Run statements on the listening connection. Raises ``ConnectionLost`` if there is none, or it breaks."""
@@ -106,8 +118,8 @@ class Listener:
         return result
 
     def will_ask(self, question: Bound) -> None:
-        """Prepare a statement, whatever its arguments, at the next connect, so that it can be asked."""
-        self._questions.append(question)
+        """Prepare a statement, whatever its arguments, with the next ``hear()`` or connect, so that it can be asked."""
+        self._questions.add(question.statement)
 
     def ask(self, question: Bound, answered: Answered) -> bool:
         """Send a statement at once, without waiting for anything; call from what hears a notification.
@@ -190,8 +202,9 @@ class Listener:
         """LISTEN, then prove it: a transaction pooler accepts LISTEN and delivers nothing. Only then take locks."""
         control = await self._store.channel(connection, 0)
         connection.on_notification(self._heard)
-        for channel in {control, *self._channels}:
-            await self._store.listen(connection, channel)
+        self._listening = {control}
+        await self._store.listen(connection, control)
+        await self._hear_all(connection)
         self._proof = f"proof:{uuid4()}"
         self._proven = False
         with trio.move_on_after(CALL_TIMEOUT) as patience:
@@ -201,11 +214,18 @@ class Listener:
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
         await self._store.keepalive(connection)
-        for statement in {question.statement for question in self._questions}:
-            await connection.prepare(statement)
-        while missing := self._interests.keys() - self._interests_held:  # waiters may come while we are at it
-            for queue in missing:
+        # Waiters and channels may come while we are at it.
+        while self._interests.keys() - self._interests_held or self._channels.keys() - self._listening:
+            await self._hear_all(connection)
+            for queue in self._interests.keys() - self._interests_held:
                 await self._hold_interest(connection, queue)
+
+    async def _hear_all(self, connection: TrioConnection) -> None:
+        if added := self._channels.keys() - self._listening:
+            await self._store.listen(connection, *added)
+            self._listening |= added
+        for statement in self._questions:
+            await connection.prepare(statement)
 
     async def _hold_interest(self, connection: TrioConnection, queue: int) -> None:
         """Take the lock, once; a settle that is looking whether anybody holds it has it for a moment."""

@@ -41,6 +41,7 @@ __all__ = [
     "Released",
     "SendOptions",
     "Sent",
+    "Served",
     "Snoozed",
     "State",
 ]
@@ -247,6 +248,7 @@ class Beat:
     lapse_in: float | None
     schedules: int
     clock: float
+    serves: str | None
 
 
 @attrs.frozen
@@ -258,6 +260,15 @@ class QueueInfo:
     retry_limit: int
     kept: bool
     max_data_bytes: int
+
+
+@attrs.frozen
+class Served:
+    """A queue that a runtime serves, as ``served()`` finds it."""
+
+    name: str
+    paused: bool
+    info: QueueInfo
 
 
 @attrs.define(eq=False)

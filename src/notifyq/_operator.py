@@ -92,6 +92,21 @@ class Operator:
         async with self.connection() as connection:
             return await self._store.delete_queue(connection, queue_name(queue))
 
+    async def pause(self, queue: ANY | str) -> bool:
+        """Let nobody start jobs of a queue until ``resume_queue``; False if it was paused already.
+
+        What runs goes on to its end; what was claimed and has not started is handed back; sends go on. Runtimes learn of
+        it at once, or, if the notification was lost, with their next beat (about 5 s): from the commit on, nothing is
+        claimed. Raises ``UnknownQueue``.
+        """
+        async with self.connection() as connection:
+            return await self._store.pause(connection, queue_name(queue))
+
+    async def resume_queue(self, queue: ANY | str) -> bool:
+        """Let the jobs of a paused queue start again; False if it was not paused. Raises ``UnknownQueue``."""
+        async with self.connection() as connection:
+            return await self._store.resume_queue(connection, queue_name(queue))
+
     # look
 
     async def jobs(
@@ -330,7 +345,7 @@ class Operator:
 def declared(queue: Queue[In, Out]) -> Queue[In, Out]:
     if not isinstance(queue, Queue):
         raise InvalidOption(f"give the queue's declaration, not {queue!a:.100}: notifyq.Queue(name)")
-    return queue
+    return queue.single()
 
 
 def queue_name(queue: ANY | str) -> str:

@@ -49,8 +49,13 @@ def _prepare(connection: psycopg.Connection[Any]) -> None:
     connection.execute(ISOLATION)
     # A pooler in between gives its own process number, and may give each transaction to another server process,
     # which knows nothing of what was prepared.
-    answer = connection.execute("select pg_backend_pid()").fetchone()
-    connection.prepare_threshold = PREPARE_AFTER if answer == (connection.info.backend_pid,) else None
+    # Also lets the server notice within about 15 s that this side is gone: a ghost's transaction holds locks.
+    answer = connection.execute(
+        "select pg_backend_pid(), set_config('tcp_keepalives_idle', '5', false),"
+        " set_config('tcp_keepalives_interval', '3', false), set_config('tcp_keepalives_count', '3', false)"
+    ).fetchone()
+    own = answer is not None and answer[0] == connection.info.backend_pid
+    connection.prepare_threshold = PREPARE_AFTER if own else None
 
 
 class Pool:

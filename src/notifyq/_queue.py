@@ -5,16 +5,14 @@ Knows nothing of clients, connections or runtimes.
 
 from __future__ import annotations
 
-import inspect
+import copy
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, overload
-
-import attrs
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack, overload
 
 from ._codec import check_type, encode, from_json, read_json
 from ._errors import InvalidData, InvalidOption
-from ._middleware import Middleware, check_middleware
+from ._handler import TransactionWorker, Worker, WorkerOptions, describe, worker_of
 from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
 from ._schedule import Schedule, distinct
 from ._sql import (
@@ -32,7 +30,9 @@ from ._sql import (
 if TYPE_CHECKING:
     from datetime import timedelta
 
-__all__ = ["BatchResult", "Queue", "Worker", "check_name", "job_of"]
+    from ._middleware import Middleware
+
+__all__ = ["BatchResult", "Queue", "check_name", "job_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,25 +63,9 @@ _OPTIONS = (
     "ageing",
 )
 _POLICIES = ("standard", "short", "singleton", "stately", "exclusive", "ordered")
-_WORKER_OPTIONS = ("concurrency", "poll_interval", "middleware")
+_WORKER_OPTIONS = ("concurrency", "poll_interval", "middleware", "transaction", "min_priority", "max_priority")
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
-
-
-@attrs.frozen
-class Worker:
-    """The function registered on a queue and how to run it."""
-
-    function: Callable[..., Any]
-    kind: str
-    """``async``, ``sync`` (runs in a thread) or ``batch``."""
-    concurrency: int
-    """Most calls at once in one process."""
-    batch_size: int
-    """Jobs in one call; 1 unless ``kind`` is ``batch``."""
-    poll_interval: float | None
-    """Seconds between looks for jobs that no notification told of; None: with every beat."""
-    middleware: tuple[Any, ...] = ()
-    """Around every call, inside the runtime's own."""
+_PATTERN = re.compile(r"[A-Za-z0-9_./*-]{1,100}")
 
 
 def check_name(name: Any, of: str) -> str:
@@ -89,6 +73,10 @@ def check_name(name: Any, of: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidOption(f"{of} {name!a:.120}: use 1 to 100 letters, digits and _ . - /")
     return name
+
+
+def _is_pattern(name: Any) -> bool:
+    return isinstance(name, str) and "*" in name and _PATTERN.fullmatch(name) is not None
 
 
 class Queue(Generic[In, Out]):
@@ -110,7 +98,9 @@ class Queue(Generic[In, Out]):
         """Declare a queue; nothing is asked of a database yet.
 
         Args:
-            name: 1 to 100 letters, digits and ``_ . - /``.
+            name: 1 to 100 letters, digits and ``_ . - /``. With ``*``, which stands for any run of them or none, it is a
+                pattern: a runtime serves all queues that match, also those made later, each as if it was declared
+                alone. Not the dead-letter queues of others: those need their own names. A pattern takes no options.
             data: the type of its jobs' data.
             output: the type that its worker returns.
             schedules: when it gets jobs by itself. A runtime that starts makes the database's those declared here.
@@ -132,8 +122,14 @@ class Queue(Generic[In, Out]):
             InvalidOption: a bad name, or an option that does not exist.
             InvalidData: a type that cannot be turned into JSON and back.
         """
-        check_name(name, "queue name")
+        self.is_pattern = _is_pattern(name)
+        if not self.is_pattern:
+            check_name(name, "queue name")
         check_options(options, _OPTIONS, f"queue {name!r}")
+        if self.is_pattern and options:
+            raise InvalidOption(
+                f"queue {name!r} is a pattern: give {', '.join(options)} to the queues when you create them"
+            )
         for type_ in (data, output):
             try:
                 check_type(type_)
@@ -155,6 +151,24 @@ class Queue(Generic[In, Out]):
             except InvalidData as error:
                 raise InvalidData(f"schedule {schedule.name!r}: {error}") from error
         self.worker_function: Worker | None = None
+
+    def single(self) -> Queue[In, Out]:
+        """This queue, which must be one and not a pattern. Raises ``InvalidOption``."""
+        if self.is_pattern:
+            raise InvalidOption(f"{self.name!r} is a pattern, which only a runtime can serve: name one queue")
+        return self
+
+    def serves(self, name: str) -> bool:
+        """Whether this declaration is for a queue of this name."""
+        if not self.is_pattern:
+            return name == self.name
+        return re.fullmatch(".*".join(map(re.escape, self.name.split("*"))), name) is not None
+
+    def named(self, name: str) -> Queue[In, Out]:
+        """The declaration of one queue that it serves: the same types and worker."""
+        one = copy.copy(self)
+        one.name, one.is_pattern = name, False
+        return one
 
     def with_dead_letters(self) -> list[Queue[Any, Any]]:
         """This queue after those it needs: its dead-letter queue, and that one's."""
@@ -182,7 +196,7 @@ class Queue(Generic[In, Out]):
         """
         return (
             send_statement(check_schema_name(schema)),
-            send_parameters(self.name, self.encode(data), options),
+            send_parameters(self.single().name, self.encode(data), options),
         )
 
     @overload
@@ -191,12 +205,11 @@ class Queue(Generic[In, Out]):
     def worker(self, function: Callable[[Job[In]], Out], /) -> Callable[[Job[In]], Out]: ...
     @overload
     def worker(
-        self,
-        /,
-        *,
-        concurrency: int = 10,
-        poll_interval: float | timedelta | None = None,
-        middleware: Sequence[Middleware] = (),
+        self, /, *, transaction: Literal[True], **options: Unpack[WorkerOptions]
+    ) -> Callable[[TransactionWorker[In, Out]], TransactionWorker[In, Out]]: ...
+    @overload
+    def worker(
+        self, /, *, transaction: Literal[False] = False, **options: Unpack[WorkerOptions]
     ) -> Callable[[Callable[[Job[In]], Awaitable[Out] | Out]], Callable[[Job[In]], Awaitable[Out] | Out]]: ...
     def worker(self, function: Any = None, /, **options: Any) -> Any:
         """Register the function that handles this queue's jobs, an ``async def`` or a plain function (run in a thread).
@@ -205,7 +218,12 @@ class Queue(Generic[In, Out]):
             function: takes a ``Job`` and returns its output. Used as a decorator, with or without options.
             options: ``concurrency``, the most calls at once in one process (default 10); ``poll_interval``, seconds
                 between looks for jobs that no notification told of (default: with every beat, about 5 s);
-                ``middleware``, around every call, inside the runtime's own.
+                ``middleware``, around every call, inside the runtime's own; ``min_priority`` and ``max_priority``, to
+                take only jobs of these priorities and what lies between (default: all).
+            transaction: the function, an ``async def``, takes ``(job, connection)``. The connection has a transaction
+                open: what is written there and the job's completion commit together. If it raises, times out, is
+                cancelled, or the job was taken away meanwhile, nothing of it is kept. At most ``pool_size - 1`` of the
+                runtime run at once; a job that gets no connection is handed back.
 
         Raises:
             InvalidOption: a second worker, an option that does not exist, or a function of the wrong kind.
@@ -223,6 +241,8 @@ class Queue(Generic[In, Out]):
         concurrency: int = 1,
         poll_interval: float | timedelta | None = None,
         middleware: Sequence[Middleware] = (),
+        min_priority: int | None = None,
+        max_priority: int | None = None,
         **unknown: Any,
     ) -> Callable[[Callable[[list[Job[In]]], Awaitable[BatchResult[Out]]]], Any]:
         """Register an ``async def`` that handles up to ``batch_size`` jobs in one call, see ``BatchResult``.
@@ -234,7 +254,14 @@ class Queue(Generic[In, Out]):
         """
         self._check_worker_options(unknown, ("batch_size", *_WORKER_OPTIONS))
         return lambda function: self._register(
-            function, batch_size, concurrency=concurrency, poll_interval=poll_interval, middleware=middleware
+            function,
+            batch_size,
+            concurrency=concurrency,
+            poll_interval=poll_interval,
+            middleware=middleware,
+            min_priority=min_priority,
+            max_priority=max_priority,
+            **unknown,
         )
 
     def _check_worker_options(self, options: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
@@ -242,34 +269,11 @@ class Queue(Generic[In, Out]):
             raise InvalidOption(f"worker of queue {self.name!r}: use batch_worker(batch_size=...) for jobs in batches")
         check_options(options, allowed, f"the worker of queue {self.name!r}")
 
-    def _register(
-        self,
-        function: F,
-        batch_size: int | None,
-        *,
-        concurrency: int = 10,
-        poll_interval: float | timedelta | None = None,
-        middleware: Sequence[Middleware] = (),
-    ) -> F:
+    def _register(self, function: F, batch_size: int | None, **options: Any) -> F:
         where = f"worker of queue {self.name!r}"
         if self.worker_function is not None:
-            raise InvalidOption(f"{where}: {_describe(self.worker_function.function)} is registered on it already")
-        if not callable(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-            raise InvalidOption(f"{where}: {function!r} must be an async def or a plain function that returns a value")
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is an async def
-        )
-        if batch_size is not None and not is_async:
-            raise InvalidOption(f"{where}: a batch worker must be an async def")
-        for option, value in (("concurrency", concurrency), ("batch_size", 1 if batch_size is None else batch_size)):
-            whole(value, f"{where}: {option}", 1, 10_000)
-        _check_takes_one_argument(function, where)
-        poll = None if poll_interval is None else seconds(poll_interval, f"{where}: poll_interval")
-        if poll is not None and poll <= 0:
-            raise InvalidOption(f"{where}: poll_interval must be above zero seconds, not {poll_interval!r}")
-        kind = "batch" if batch_size is not None else "async" if is_async else "sync"
-        layers = check_middleware(middleware, where)
-        self.worker_function = Worker(function, kind, concurrency, batch_size or 1, poll, layers)
+            raise InvalidOption(f"{where}: {describe(self.worker_function.function)} is registered on it already")
+        self.worker_function = worker_of(function, where, batch_size, **options)
         return function
 
 
@@ -291,17 +295,6 @@ def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = 
     )
 
 
-def _describe(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
-
-
-def _check_takes_one_argument(function: Callable[..., Any], where: str) -> None:
-    try:
-        inspect.signature(function).bind(object())
-    except (TypeError, ValueError):  # the latter for what is written in C and says nothing of its arguments
-        raise InvalidOption(f"{where}: {_describe(function)} must take one argument, the job") from None
-
-
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     """Queue options as the JSON document that create_queue() takes: seconds, names."""
     return {name: _plain_option(name, value) for name, value in options.items()}
@@ -311,7 +304,7 @@ def _plain_option(name: str, value: Any) -> Any:
     match name:
         case "dead_letter":
             if value is None or isinstance(value, Queue):
-                return None if value is None else value.name
+                return None if value is None else value.single().name
             return check_name(value, "dead_letter")
         case "retention" | "expire_in" if value is None:
             return None

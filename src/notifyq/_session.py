@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import attrs
 import psycopg
 import trio
 
+from ._atomic import Atomic
 from ._beat import Heart
 from ._bell import Bell
 from ._client import Client
@@ -20,6 +22,7 @@ from ._errors import ConnectionLost, LeaseLost, NotifyqError
 from ._lock import QuickLock
 from ._maintenance import Maintenance
 from ._models import Released
+from ._roster import Roster
 from ._scheduler import Scheduler
 from ._schema import VERSION
 from ._settler import Settler
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from ._connection import TrioConnection
     from ._listener import Listener
     from ._middleware import Middleware
-    from ._models import Beat, Job
+    from ._models import Beat, Job, QueueInfo
     from ._pool import Pool
     from ._queue import Queue
     from ._store import Store
@@ -90,7 +93,16 @@ class Session:
             lost=self._lose,
             events=settings.events,
         )
-        self._workers: list[QueueWorker] = []
+        self._roster = Roster(
+            settings.queues,
+            self._make_worker,
+            pool=pool,
+            store=store,
+            listener=listener,
+            beat_soon=self._heart.soon,
+            events=settings.events,
+        )
+        self._atomic = Atomic(handlers, store, settings.id, settings.events)
         self._turn = QuickLock()
         self._doubt = Bell()
         self._reconnected = False
@@ -98,36 +110,39 @@ class Session:
         self._grace = trio.CancelScope()
         self.client = Client(handlers, store, listener, None)
 
+    @property
+    def _workers(self) -> list[QueueWorker]:
+        return self._roster.workers
+
+    def _make_worker(self, queue: Queue[Any, Any], info: QueueInfo, quiet: bool) -> QueueWorker:
+        return QueueWorker(
+            queue,
+            info,
+            pool=self._pool,
+            store=self._store,
+            listener=self._listener,
+            runtime=self._id,
+            settler=self._settler,
+            handle=self,
+            middleware=self._settings.middleware,
+            events=self._events,
+            turn=self._turn,
+            atomic=self._atomic,
+            gone=self._roster.look,
+            quiet=quiet,
+        )
+
     async def begin(self, *, declare: bool) -> None:
         """Create the queues if need be, learn their numbers, register."""
-        queues = self._settings.queues
+        declared = [queue for queue in self._settings.queues if declare and not queue.is_pattern]
         async with self._pool.connection() as connection:
-            declared = [needed for queue in queues for needed in queue.with_dead_letters()] if declare else []
-            for queue in dict.fromkeys(declared):
+            for queue in dict.fromkeys(needed for one in declared for needed in one.with_dead_letters()):
                 done = await self._store.create_queue(connection, queue.name, to_json(queue.options))
                 if done.startswith("differs"):
                     log.warning("queue %s: in the database %s (update_queue changes it)", queue.name, done)
             for queue in dict.fromkeys(declared):
                 schedules = [(schedule, queue.encode(schedule.data)) for schedule in queue.schedules]
                 await self._store.schedules.declare(connection, queue.name, schedules)
-            for queue in queues:
-                info = await self._store.queue(connection, queue.name)
-                worker = QueueWorker(
-                    queue,
-                    info,
-                    pool=self._pool,
-                    store=self._store,
-                    listener=self._listener,
-                    runtime=self._id,
-                    settler=self._settler,
-                    handle=self,
-                    middleware=self._settings.middleware,
-                    events=self._events,
-                    turn=self._turn,
-                )
-                self._workers.append(worker)
-                self._listener.add_channel(info.channel, worker.claimer.heard)
-                self._listener.on_connected(worker.claimer.look_again)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
             self._listener.on_connected(self._look_what_is_held)
             self._listener.on_connected(self._scheduler.look_again)
@@ -135,6 +150,7 @@ class Session:
             # If this fails, maintenance makes up for it, and the default leaf takes the rows until then.
             with contextlib.suppress(NotifyqError):
                 await self._store.make_leaves(connection)
+        await self._roster.begin()
         await self._register()
 
     async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
@@ -157,7 +173,6 @@ class Session:
                 stopping.set()
 
     async def _run_parts(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
-        names = tuple(worker.queue.name for worker in self._workers)
         async with trio.open_nursery() as support, trio.open_nursery() as running:
             try:
                 await support.start(self._listener.run)
@@ -167,11 +182,11 @@ class Session:
                 support.start_soon(self._reconcile)
                 await support.start(self._scheduler.run)
                 await support.start(self._maintenance.run)
-                for worker in self._workers:
-                    await running.start(worker.run)
-                self._events.emit(RuntimeStarted(str(self._id), names))
+                await support.start(self._roster.run, running)
+                self._events.emit(RuntimeStarted(str(self._id), self._roster.names))
                 task_status.started(self.client)
                 await stopping.wait()
+                self._roster.close()
                 support.start_soon(self._say_stopping)
                 with self._grace:
                     self._grace.deadline = trio.current_time() + self._settings.grace
@@ -182,6 +197,7 @@ class Session:
                 self._events.emit(RuntimeStopped(str(self._id)))
 
     async def _end(self, running: trio.Nursery, support: trio.Nursery) -> None:
+        self._roster.close()
         with trio.move_on_after(STOP_SECONDS):
             for worker in self._workers:
                 worker.executor.stop_all()
@@ -208,7 +224,7 @@ class Session:
             await self._store.register(
                 connection,
                 self._id,
-                [worker.queue.name for worker in self._workers],
+                self._roster.names,
                 self._settings.lease,
                 os.getpid(),
                 socket.gethostname(),
@@ -228,29 +244,23 @@ class Session:
 
     async def _beat(self) -> Beat:
         """On the listening connection, which that proves; if it does not answer, on another."""
-        queues = [worker.info.number for worker in self._workers]
+        asked = self._roster.before_beat()
         with contextlib.suppress(ConnectionLost), trio.move_on_after(self._settings.lease / 6):
-            return await self._listener.call(lambda connection: self._beat_on(connection, queues))
+            return await self._listener.call(lambda connection: self._beat_on(connection, asked))
         async with self._pool.connection() as connection:
-            return await self._beat_on(connection, queues)
+            return await self._beat_on(connection, asked)
 
-    async def _beat_on(self, connection: TrioConnection, queues: list[int]) -> Beat:
-        asked = trio.current_time()
-        beat = await self._store.beat(connection, self._id, queues)
-        self._scheduler.clock.measured(asked, trio.current_time(), beat.clock)
+    async def _beat_on(self, connection: TrioConnection, asked: Any) -> Beat:
+        sent_at = trio.current_time()
+        beat = await self._store.beat(connection, self._id, *asked)
+        self._scheduler.clock.measured(sent_at, trio.current_time(), beat.clock)
         return beat
 
     def _told(self, beat: Beat) -> None:
         """What a beat said."""
         self._maintenance.rescue_in(beat.lapse_in)
         self._scheduler.told(beat.schedules)
-        for worker in self._workers:
-            worker.cancel(beat.cancels)
-            worker.executor.give_up_stuck()
-            if worker.info.number in beat.ready:
-                worker.claimer.poll()
-            if (due_in := beat.due_in.get(str(worker.info.number))) is not None:
-                worker.claimer.due_in(due_in)
+        self._roster.told(beat)
         # More held than known: on its way to or from here, or the answer to a claim was lost.
         if self._strays or self._reconnected or beat.held > len(self._known()):
             self._doubt.ring()
@@ -285,7 +295,7 @@ class Session:
             # Held by us but unknown here at two looks, and no claim from before the first is under way any longer:
             # the answer to a claim was lost.
             now = trio.current_time()
-            oldest_claim = min(worker.claiming_since for worker in self._workers)
+            oldest_claim = min((worker.claiming_since for worker in self._workers), default=math.inf)
             strays = {attempt: self._strays.get(attempt, now) for attempt in held - self._known()}
             for (job, attempt), seen in strays.items():
                 if seen < min(now, oldest_claim):
@@ -306,9 +316,13 @@ class Session:
         what, _, ids = payload.partition(":")
         if what == "schedule":
             self._scheduler.look_again()
+        if what == "queues":
+            self._roster.look()
+        if what != "cancel":
+            return
         known = {str(job) for job, _attempt in self._known()}
         # While a claim is under way its jobs are not known here yet.
-        if what == "cancel" and (self._turn.held or self._listener.asked or not known.isdisjoint(ids.split(","))):
+        if self._turn.held or self._listener.asked or not known.isdisjoint(ids.split(",")):
             self._heart.soon()
 
     # what a job asks of its runtime

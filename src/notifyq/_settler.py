@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._store import Store
     from .events import Events
 
-__all__ = ["Settler"]
+__all__ = ["DATA_ERRORS", "Settler", "output_refused"]
 
 BATCH_MAX = 1000
 """Outcomes in one write. Larger ones gain nothing and hold their jobs' slots longer."""
@@ -118,8 +118,7 @@ class Settler:
     async def _refused(self, connection: TrioConnection, entry: Entry, error: psycopg.DatabaseError) -> None:
         """The database does not take this outcome: its job fails alone, by name."""
         outcome, queue = entry
-        text = str(error).split("\n")[0][:500].replace("\x00", "")
-        failed = Failed(outcome.job_id, outcome.attempt, "output_invalid", text, final=True)
+        failed = output_refused(outcome, error)
         settled = await self._settle([failed], connection)
         self._report([(failed, queue)], settled)
 
@@ -171,6 +170,12 @@ class Settler:
                 emit(JobSnoozed(queue, job, attempt))
             elif isinstance(outcome, Discarded):
                 emit(JobCancelled(queue, job, attempt))
+
+
+def output_refused(outcome: Outcome, error: psycopg.DatabaseError) -> Failed:
+    """The outcome instead of one that the database does not take."""
+    text = str(error).split("\n")[0][:500].replace("\x00", "")
+    return Failed(outcome.job_id, outcome.attempt, "output_invalid", text, final=True)
 
 
 _EVENTS: dict[type, Any] = {

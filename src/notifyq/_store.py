@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, LiteralString
 import attrs
 from psycopg import sql
 
-from ._calls import Bound, Calls, intervals
-from ._models import Beat, Claimed, JobRecord, QueueInfo
+from ._calls import Calls, intervals
+from ._models import JobRecord, QueueInfo
 from ._sql import many_entry, send_call, send_parameters, translated
+from ._store_claims import Claims
 from ._store_flows import Flows
 from ._store_schedules import Schedules
+from ._store_serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,18 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Store"]
 
 
-_CLAIMED: LiteralString = (
-    "select c.id, c.attempt, c.number, c.priority, c.retry_limit, c.timeout, c.sent_at,"
-    " c.data::text, c.headers::text, c.provenance::text, c.key"
-)
-_CLAIM: LiteralString = (
-    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, make_interval(secs => $4), $5::smallint[], $6::bigint[]) c"
-)
-_CLAIM_AT_ONCE: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c"
-# The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
-_UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
-_CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace("$2", _UNFLUSHED)
-_CLAIM_AT_ONCE_UNFLUSHED: LiteralString = _CLAIM_AT_ONCE.replace("$2", _UNFLUSHED)
 _SEND: LiteralString = send_call("{s}.try_send", "${}")
 _SEND_PLAIN: LiteralString = "select * from {s}.try_send($1::text, $2::jsonb)"
 Operation = Literal["cancel", "retry", "resume", "delete"]
@@ -54,12 +44,12 @@ _NEWEST_JOBS: LiteralString = (
 )
 
 
-class Store:
+class Store(Claims, Serving):
     """The SQL functions of one schema. Every method takes the connection to run on."""
 
     def __init__(self, schema: str) -> None:
         self.schema = schema
-        self._calls = Calls(schema)
+        super().__init__(Calls(schema))
         self.flows = Flows(self._calls)
         self.schedules = Schedules(self._calls)
 
@@ -105,29 +95,7 @@ class Store:
         array = f"[{','.join(many_entry(data, options) for data, options in jobs)}]"
         return await self._calls.rows(connection, "select id, created from {s}.send_many($1, $2::jsonb)", queue, array)
 
-    # claim and settle
-
-    async def claim(
-        self,
-        connection: TrioConnection,
-        queue: str,
-        how_many: int,
-        runtime: UUID | None,
-        *,
-        lease: float | None = None,
-        floors: Mapping[int, int] | None = None,
-        durably: bool = True,
-    ) -> list[Claimed]:
-        """Claim jobs. ``durably=False``: a crash of the server may forget the claim, and the jobs run again."""
-        priorities = None if floors is None else sorted(floors, reverse=True)
-        numbers = None if floors is None or priorities is None else [floors[priority] for priority in priorities]
-        statement = _CLAIM if durably else _CLAIM_UNFLUSHED
-        rows = await self._calls.rows(connection, statement, queue, how_many, runtime, lease, priorities, numbers)
-        return [Claimed(*row) for row in rows]
-
-    def bind_claim(self, queue: str, how_many: int, runtime: UUID, *, durably: bool) -> Bound:
-        """A claim from the beginning, to be sent without waiting; its rows are those of ``Claimed``."""
-        return self._calls.bind(_CLAIM_AT_ONCE if durably else _CLAIM_AT_ONCE_UNFLUSHED, queue, how_many, runtime)
+    # settle
 
     async def complete(
         self,
@@ -288,13 +256,6 @@ class Store:
             version,
         )
 
-    async def beat(self, connection: TrioConnection, runtime: UUID, queues: Sequence[int]) -> Beat:
-        statement: LiteralString = (
-            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock"
-            " from {s}.beat($1::uuid, $2::int[])"
-        )
-        return Beat(*await self._calls.row(connection, statement, runtime, queues))
-
     async def stop(self, connection: TrioConnection, runtime: UUID) -> None:
         await self._calls.value(connection, "select {s}.stop($1::uuid)", runtime)
 
@@ -325,9 +286,16 @@ class Store:
 
     # listening
 
-    async def listen(self, connection: TrioConnection, channel: str) -> None:
+    async def listen(self, connection: TrioConnection, *channels: str) -> None:
+        """LISTEN, in one round trip however many there are."""
+        statements = [sql.SQL("listen {}").format(sql.Identifier(channel)) for channel in channels]
         with translated():
-            await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+            await connection.execute(sql.SQL("; ").join(statements), prepare=False)
+
+    async def unlisten(self, connection: TrioConnection, *channels: str) -> None:
+        statements = [sql.SQL("unlisten {}").format(sql.Identifier(channel)) for channel in channels]
+        with translated():
+            await connection.execute(sql.SQL("; ").join(statements), prepare=False)
 
     async def notify(self, connection: TrioConnection, channel: str, payload: str) -> None:
         await self._calls.value(connection, "select pg_notify($1, $2)", channel, payload)

@@ -78,6 +78,8 @@ def interrupted(job: Job[Any], reason: str | None) -> Outcome | None:
             return None
         case "cancel":
             return Discarded(job.id, job.attempt)
+        case "unstarted":
+            return Released(job.id, job.attempt)
         case "shutdown":
             # The last attempt is handed back unspent: stopping a process must not make dead letters.
             if job.attempt > job.retry_limit:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Sequence
     from uuid import UUID
 
+    from ._atomic import Atomic
     from ._calls import Bound
     from ._listener import Listener
     from ._lock import QuickLock
@@ -47,11 +48,19 @@ class QueueWorker:
         middleware: Sequence[Middleware],
         events: Events,
         turn: QuickLock,
+        atomic: Atomic,
+        gone: Callable[[], object],
+        quiet: bool,
     ) -> None:
-        """``turn`` is shared by a process's claimers: one claims at a time, so that many queues need few connections."""
+        """``gone`` is called when the queue was not there any longer. ``quiet``: see ``Claimer``.
+
+        ``turn`` is shared by a process's claimers: one claims at a time, so that many queues need few connections.
+        """
         worker = queue.worker_function
         assert worker is not None
         self.queue = queue
+        self.quiet = quiet
+        self.priorities = worker.priorities
         self.info = info
         self._pool = pool
         self._store = store
@@ -67,6 +76,9 @@ class QueueWorker:
             claim_at_once=self._claim_at_once,
             next_due=self._next_due,
             release=self._release,
+            gone=gone,
+            priorities=worker.priorities,
+            quiet=quiet,
             events=events,
         )
         self.executor = Executor(
@@ -78,6 +90,7 @@ class QueueWorker:
             middleware=middleware,
             output_limit=info.max_data_bytes,
             events=events,
+            atomic=atomic,
         )
         self._claiming = trio.CancelScope()
         self._started = False
@@ -145,9 +158,12 @@ class QueueWorker:
             lease_number = self._before_claim()
             self.claiming_since = trio.current_time()
             try:
-                jobs = await self._store.claim(
-                    connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
-                )
+                if floors is None and self.priorities is not None:
+                    jobs = await self._store.run_claim(connection, self._bind(how_many))
+                else:
+                    jobs = await self._store.claim(
+                        connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
+                    )
             finally:
                 self.claiming_since = math.inf
         return self._still_ours(jobs, lease_number)
@@ -166,7 +182,9 @@ class QueueWorker:
         return self._listener.ask(self._bound, heard)
 
     def _bind(self, how_many: int) -> Bound:
-        return self._store.bind_claim(self.queue.name, how_many, self._runtime, durably=self._durably)
+        return self._store.bind_claim(
+            self.queue.name, how_many, self._runtime, durably=self._durably, priorities=self.priorities
+        )
 
     def _before_claim(self) -> int:
         """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""

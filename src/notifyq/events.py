@@ -141,7 +141,7 @@ class LeaseGivenUp(Event):
 @attrs.frozen
 class ServerTrouble(Event):
     part: str
-    """Of the runtime: ``claim``, ``settle``, ``maintenance``, ``schedules`` or ``beat``."""
+    """Of the runtime: ``claim``, ``settle``, ``maintenance``, ``schedules``, ``beat`` or ``queues``."""
     reason: str
 
 

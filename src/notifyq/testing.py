@@ -25,6 +25,7 @@ from ._connect import connect, resolve_dsn
 from ._errors import InvalidOption
 from ._opening import open_connection
 from ._runtime import Runtime
+from ._store import Store
 from .events import Event, JobCancelled, JobCompleted, JobFailed, JobSnoozed
 
 if TYPE_CHECKING:
@@ -153,14 +154,12 @@ async def run_waiting(
         bell.ring()
 
     runtime.subscribe(count, *kinds)
-    names = {queue.name for queue in runtime.queues}
     async with trio.open_nursery() as nursery:
         try:
             client = await nursery.start(runtime.run)
             while True:
                 bell.clear()
-                stats = [row for row in await client.queue_stats() if row["queue"] in names]
-                if not any(row["ready"] or row["active"] or row["due"] for row in stats):
+                if not await _has_work(client, runtime):
                     break
                 with trio.move_on_after(LOOK_EVERY):  # a job that deletes itself, say, ends without an event
                     await bell.wait()
@@ -170,6 +169,15 @@ async def run_waiting(
     if raised is not None:
         raise raised
     return ended
+
+
+async def _has_work(client: Client, runtime: Runtime) -> bool:
+    """Whether a runtime's queues have jobs that it is to run now, or runs."""
+    async with client.connection() as connection:
+        served = await Store(runtime.schema).served(connection, [queue.name for queue in runtime.queues])
+    paused = {one.name: one.paused for one in served}
+    stats = [row for row in await client.queue_stats() if row["queue"] in paused]
+    return any(row["active"] or ((row["ready"] or row["due"]) and not paused[row["queue"]]) for row in stats)
 
 
 @contextlib.asynccontextmanager

@@ -38,6 +38,29 @@ def remind_in_thread(job: Job[Reminder]) -> Echo:
     return Echo(job.data.message)
 
 
+@Queue("transaction", Reminder, Echo).worker(transaction=True, concurrency=2, min_priority=5)
+async def remind_in_transaction(job: Job[Reminder], connection: notifyq.Connection) -> Echo:
+    assert_type(job.data, Reminder)
+    cursor = await connection.execute("select 1")
+    assert_type(await cursor.fetchone(), tuple[Any, ...] | None)
+    return Echo(job.data.message)
+
+
+@Queue("transaction", Reminder, Echo).worker(transaction=True)  # type: ignore[arg-type]
+async def without_connection(job: Job[Reminder]) -> Echo:
+    return Echo("")
+
+
+@Queue("transaction", Reminder, Echo).worker(transaction=True)  # type: ignore[arg-type]
+async def wrong_output_in_transaction(job: Job[Reminder], connection: notifyq.Connection) -> int:
+    return 1
+
+
+@Queue("transaction", Reminder, Echo).worker(concurrency=2)  # type: ignore[arg-type]
+async def unexpected_connection(job: Job[Reminder], connection: notifyq.Connection) -> Echo:
+    return Echo("")
+
+
 @reminders.worker  # type: ignore[arg-type]
 async def wrong_output(job: Job[Reminder]) -> int:
     return 1

@@ -319,6 +319,7 @@ async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_han
         claim_at_once=claim_at_once,
         next_due=next_due,
         release=asked.append,
+        gone=lambda: None,
         events=Events(),
     )
     async with trio.open_nursery() as nursery:

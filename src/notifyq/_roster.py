@@ -1,0 +1,214 @@
+"""The queues that a runtime serves right now: those it names, and those that match its patterns.
+
+Whether a queue was made, deleted, paused or resumed is told on the control channel, and by the beat if that was lost; then
+one statement says what there is. A worker is started for each queue that is new, and ended for one that has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import trio
+
+from ._backoff import reconnect_delay
+from ._bell import Bell
+from ._errors import ConnectionLost, NotifyqError
+from .events import ServerTrouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from ._listener import Listener
+    from ._models import Beat, QueueInfo, Served
+    from ._pool import Pool
+    from ._queue import Queue
+    from ._store import Store
+    from ._worker import QueueWorker
+    from .events import Events
+
+__all__ = ["Roster"]
+
+
+class Roster:
+    """Starts and ends the workers of one runtime."""
+
+    def __init__(
+        self,
+        queues: Sequence[Queue[Any, Any]],
+        make: Callable[[Queue[Any, Any], QueueInfo, bool], QueueWorker],
+        *,
+        pool: Pool,
+        store: Store,
+        listener: Listener,
+        beat_soon: Callable[[], object],
+        events: Events,
+    ) -> None:
+        """``make(queue, info, quiet)`` gives the worker of one queue; a quiet one looks when it is told of jobs.
+
+        ``beat_soon`` asks for a beat, which tells of those.
+        """
+        self._plain = {queue.name: queue for queue in queues if not queue.is_pattern}
+        self._patterns = [queue for queue in queues if queue.is_pattern]
+        self.names = tuple(queue.name for queue in queues)
+        self._make = make
+        self._pool = pool
+        self._store = store
+        self._listener = listener
+        self._beat_soon = beat_soon
+        self._events = events
+        self._random = random.Random()
+        self._serving: dict[int, QueueWorker] = {}
+        self._leaving: list[QueueWorker] = []
+        self._scopes: dict[QueueWorker, trio.CancelScope] = {}
+        self._bell = Bell()
+        self._open = trio.CancelScope()
+        self._told_serves: str | None = ""
+        self._connects = 0
+        self._beat_sees = 0
+        self._seen = 0
+        listener.on_connected(self._connected)
+
+    @property
+    def workers(self) -> list[QueueWorker]:
+        """All, also those that are ending."""
+        return [*self._serving.values(), *self._leaving]
+
+    # what others call
+
+    def look(self) -> None:
+        """Something was said of queues: look which there are."""
+        self._bell.ring()
+
+    def before_beat(self) -> tuple[list[int], list[int | None] | None, list[int | None] | None]:
+        """What the beat is to ask: queue numbers, and the bounds of the priorities that count in each."""
+        self._beat_sees = self._connects
+        bounds = [worker.priorities or (None, None) for worker in self._serving.values()]
+        if not any(worker.priorities for worker in self._serving.values()):
+            return list(self._serving), None, None
+        return list(self._serving), [low for low, _ in bounds], [high for _, high in bounds]
+
+    def told(self, beat: Beat) -> None:
+        """What a beat said."""
+        if beat.renewed and beat.serves != self._told_serves:
+            self._told_serves = beat.serves
+            self._bell.ring()
+        missed = self._beat_sees > self._seen  # it was sent after a connect, before which nothing was heard
+        self._seen = self._beat_sees
+        ready = set(beat.ready)
+        for worker in self.workers:
+            worker.cancel(beat.cancels)
+            worker.executor.give_up_stuck()
+        for number, worker in self._serving.items():
+            if number in ready and missed and worker.quiet:
+                worker.claimer.look_again()
+            elif number in ready:
+                worker.claimer.poll()
+            if (due_in := beat.due_in.get(str(number))) is not None:
+                worker.claimer.due_in(due_in)
+
+    def _connected(self) -> None:
+        """Notifications may have been missed. The workers of patterns may be many: the beat says which need to look."""
+        self._connects += 1
+        for worker in self._serving.values():
+            if not worker.quiet:
+                worker.claimer.look_again()
+        if self._patterns:
+            self._beat_soon()
+        self._bell.ring()
+
+    # workers
+
+    async def begin(self) -> None:
+        """Make the workers of the queues that there are. Raises ``UnknownQueue`` if one that is named is missing."""
+        async with self._pool.connection() as connection:
+            found = await self._store.served(connection, self.names)
+            for name in self._plain.keys() - {one.name for one in found}:
+                await self._store.queue(connection, name)  # which says that there is none
+        for one in found:
+            self._add(one)
+
+    async def run(
+        self, running: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Start the workers, in ``running``, and keep to what is told, until closed."""
+        with self._open:
+            await self._start(running, self.workers)
+            task_status.started()
+            failures = 0
+            while True:
+                await self._bell.wait()
+                self._bell.clear()
+                try:
+                    await self._follow(running)
+                    failures = 0
+                except (NotifyqError, psycopg.Error) as error:
+                    if failures == 0:
+                        self._events.emit(ServerTrouble("queues", str(error)))
+                    failures += 1
+                    self._bell.ring()
+                    await trio.sleep(reconnect_delay(failures, self._random))
+
+    def close(self) -> None:
+        """Start and end no more workers."""
+        self._open.cancel()
+
+    async def _follow(self, running: trio.Nursery) -> None:
+        found = {one.info.number: one for one in await self._served()}
+        for number in self._serving.keys() - found.keys():
+            worker = self._serving.pop(number)
+            self._leaving.append(worker)
+            running.start_soon(self._end, worker)
+        added = []
+        for number, one in found.items():
+            if number in self._serving:
+                self._serving[number].claimer.pause(one.paused)
+            else:
+                added.append(self._add(one))
+        if added:
+            # From here on they hear; what was sent before that the beat knows.
+            with contextlib.suppress(ConnectionLost):
+                await self._listener.hear()
+            await self._start(running, added)
+            self._beat_soon()
+
+    async def _served(self) -> list[Served]:
+        """On the listening connection, which is at rest most of the time, or another."""
+        with contextlib.suppress(ConnectionLost):
+            return await self._listener.call(lambda connection: self._store.served(connection, self.names))
+        async with self._pool.connection() as connection:
+            return await self._store.served(connection, self.names)
+
+    def _add(self, one: Served) -> QueueWorker:
+        queue = self._plain.get(one.name)
+        if queue is None:  # the patterns may have many: they are quiet
+            pattern = next(each for each in self._patterns if each.serves(one.name))
+            worker = self._make(pattern.named(one.name), one.info, True)
+        else:
+            worker = self._make(queue, one.info, False)
+        self._serving[one.info.number] = worker
+        worker.claimer.pause(one.paused)
+        self._listener.add_channel(one.info.channel, worker.claimer.heard)
+        return worker
+
+    async def _start(self, running: trio.Nursery, workers: Iterable[QueueWorker]) -> None:
+        # A worker that is stopped half-started would be waited for in vain.
+        with trio.CancelScope(shield=True):
+            for worker in workers:
+                if not self._open.cancel_called:
+                    await running.start(self._run_worker, worker)
+
+    async def _run_worker(self, worker: QueueWorker, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.CancelScope() as self._scopes[worker]:
+            await worker.run(task_status=task_status)
+
+    async def _end(self, worker: QueueWorker) -> None:
+        """The queue has gone, or is another's now: what runs may end, and what it comes to is the fence's to judge."""
+        if worker.info.number not in self._serving:
+            with contextlib.suppress(ConnectionLost):
+                await self._listener.forget(worker.info.channel)
+        await worker.stop()
+        self._scopes.pop(worker).cancel()
+        self._leaving.remove(worker)

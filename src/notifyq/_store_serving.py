@@ -1,0 +1,54 @@
+"""The calls about the queues that a runtime serves: which they are, whether they are paused, what the beat tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, LiteralString
+
+from ._models import Beat, QueueInfo, Served
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from ._calls import Calls
+    from ._connection import TrioConnection
+
+__all__ = ["Serving"]
+
+
+class Serving:
+    """The part of ``Store`` that a runtime asks what it serves."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def served(self, connection: TrioConnection, names: Sequence[str]) -> list[Served]:
+        """The queues that exist of these names and patterns, in the order in which they were made."""
+        rows = await self._calls.rows(
+            connection,
+            "select q.name, q.paused, q.number, {s}.channel(q.number), q.retry_limit, coalesce(q.retention > '0', true),"
+            " q.max_data_bytes from {s}.served($1::text[]) q order by q.number",
+            names,
+        )
+        return [Served(name, paused, QueueInfo(*info)) for name, paused, *info in rows]
+
+    async def beat(
+        self,
+        connection: TrioConnection,
+        runtime: UUID,
+        queues: Sequence[int],
+        lows: Sequence[int | None] | None = None,
+        highs: Sequence[int | None] | None = None,
+    ) -> Beat:
+        """Beat. Of the i-th queue only jobs with priorities from ``lows[i]`` to ``highs[i]`` count as ready."""
+        statement: LiteralString = (
+            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock, serves"
+            " from {s}.beat($1::uuid, $2::int[], $3::int[], $4::int[])"
+        )
+        return Beat(*await self._calls.row(connection, statement, runtime, queues, lows, highs))
+
+    async def pause(self, connection: TrioConnection, queue: str) -> bool:
+        return bool(await self._calls.value(connection, "select {s}.pause($1)", queue))
+
+    async def resume_queue(self, connection: TrioConnection, queue: str) -> bool:
+        return bool(await self._calls.value(connection, "select {s}.resume_queue($1)", queue))
