@@ -19,8 +19,10 @@ from rich.table import Table
 from notifyq import Queue, __version__, connect, testing
 from notifyq._connect import resolve_dsn
 
+from ._parts import Settings
+from ._rules import RULES
 from ._sql import SETTINGS
-from ._workloads import WORKLOADS, Settings, set_up
+from ._workloads import MAIN, WORKLOADS, set_up
 
 
 @click.command()
@@ -46,8 +48,8 @@ def main(
     kept: bool,
     json_file: Path | None,
 ) -> None:
-    """Measure WORKLOADS: enqueue, drain, latency, or all (the default)."""
-    names = list(WORKLOADS) if not workloads or "all" in workloads else list(dict.fromkeys(workloads))
+    """Measure WORKLOADS: enqueue, drain and latency (the default), keys, flows, or all."""
+    names = list(WORKLOADS) if "all" in workloads else list(dict.fromkeys(workloads or MAIN))
     report = measure(
         names, dsn, repeat, jobs=jobs, processes=processes, concurrency=concurrency, batch=batch, kept=kept
     )
@@ -97,6 +99,9 @@ async def _make_queues(dsn: str, kept: bool) -> None:
     async with connect(dsn) as nq:
         await nq.create_queue(Queue("bench.drain", retention=86_400 if kept else 0))
         await nq.create_queue(Queue("bench.latency", retention=86_400))
+        await nq.create_queue(Queue("bench.chain", policy="singleton", retention=86_400))
+        for queue in RULES.values():
+            await nq.create_queue(queue)
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, Any]:

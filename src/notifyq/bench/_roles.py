@@ -13,6 +13,8 @@ import trio
 
 from notifyq import Job, Queue, Runtime, connect
 
+from ._parts import GAP
+from ._rules import RULES
 from ._sql import BARE_CLAIM, BARE_LISTEN, BARE_SEND
 
 DRAIN: Queue[int, int] = Queue("bench.drain", int, int)
@@ -59,7 +61,17 @@ async def work(dsn: str, concurrency: int) -> None:
     async def pickup(job: Job[int]) -> int:
         return time.monotonic_ns() - job.data
 
-    runtime = Runtime([DRAIN, LATENCY], dsn=dsn, migrate=False)
+    async def span(job: Job[int]) -> dict[str, int]:
+        started = time.monotonic_ns()
+        await trio.sleep(GAP)
+        return {"started": started, "ended": time.monotonic_ns()}
+
+    chain: Queue[int, dict[str, int]] = Queue("bench.chain", int)
+    chain.worker(span)
+    rules = [Queue(queue.name, int, int) for queue in RULES.values()]
+    for queue in rules:
+        queue.worker(concurrency=concurrency)(same)
+    runtime = Runtime([DRAIN, LATENCY, chain, *rules], dsn=dsn, migrate=False)
     async with trio.open_nursery() as nursery:
         await nursery.start(runtime.run)
         say(ready=True)

@@ -24,10 +24,17 @@ UNFINISHED: LiteralString = (
     "select exists (select from notifyq.ready) or exists (select from notifyq.active)"
     " or exists (select from notifyq.scheduled)"
 )
-PICKUPS: LiteralString = (
-    "select output::bigint from notifyq.jobs where queue = 'bench.latency' and state = 'completed' order by id"
+PICKUPS: LiteralString = "select output from notifyq.jobs where queue = %s and state = 'completed' order by id"
+CLEAR: LiteralString = (
+    "truncate notifyq.job, notifyq.ready, notifyq.active, notifyq.archive, notifyq.attempt, notifyq.blocked,"
+    " notifyq.key, notifyq.gate, notifyq.dependency, notifyq.flow_job"
 )
-CLEAR: LiteralString = "truncate notifyq.job, notifyq.ready, notifyq.active, notifyq.archive, notifyq.attempt"
+SEND_TO: LiteralString = "select count(*) from notifyq.send_many(%s, %s::jsonb)"
+CLAIM_HELD: LiteralString = "select id from notifyq.claim(%s, 1000, lease => '1 day')"
+UNFINISHED_BUT_HELD: LiteralString = (
+    "select exists (select from notifyq.ready) or exists (select from notifyq.active where runtime is not null)"
+    " or exists (select from notifyq.scheduled) or exists (select from notifyq.blocked where key not like 'held%%')"
+)
 SETTINGS: LiteralString = (
     "select name, setting from pg_settings where name in"
     " ('server_version', 'fsync', 'synchronous_commit', 'shared_buffers', 'max_wal_size', 'wal_compression')"

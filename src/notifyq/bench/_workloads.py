@@ -4,85 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import attrs
 import psycopg
 
-from ._sql import BARE_SETUP, CLEAR, PICKUPS, SEND_ALL, UNFINISHED
+from ._parts import GAP, TURN, Role, Settings, clear
+from ._rules import flows, keys
+from ._sql import BARE_SETUP, PICKUPS, SEND_ALL, UNFINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["WORKLOADS", "Settings"]
-
-GAP = 0.02
-"""Seconds between the sends of the latency workload: both sides have gone to sleep by then."""
-
-TURN = 25
-"""Sends of the latency workload before it is the other side's turn: about half a second."""
-
-
-@attrs.frozen
-class Settings:
-    """What to measure with."""
-
-    dsn: str = attrs.field(repr=False)
-    jobs: int
-    processes: int
-    concurrency: int
-    batch: int
-    kept: bool
-
-
-class Role:
-    """A process of the benchmark."""
-
-    def __init__(self, *arguments: object) -> None:
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-m", "notifyq.bench._roles", *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Role:
-        self.hear()  # ready
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-
-    def kill(self) -> None:
-        """End it now."""
-        self._process.kill()
-
-    def go(self) -> None:
-        """Let it begin."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-
-    def hear(self) -> dict[str, Any]:
-        """Wait for its next line."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a benchmark process ended early; its error is above")
-        said: dict[str, Any] = json.loads(line)
-        return said
+__all__ = ["MAIN", "WORKLOADS", "set_up"]
 
 
 def enqueue(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
@@ -99,7 +34,7 @@ def enqueue(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
         for sender in senders:
             sender.hear()
         seconds = time.perf_counter() - started
-    _clear(settings.dsn)
+    clear(settings.dsn)
     step()
     return {"jobs_per_second": each * settings.processes / seconds}
 
@@ -116,7 +51,7 @@ def drain(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
         while connection.execute(UNFINISHED).fetchone() == (True,):
             time.sleep(0.01)
         seconds = time.perf_counter() - started
-    _clear(settings.dsn)
+    clear(settings.dsn)
     step()
     return {"jobs_per_second": settings.jobs / seconds, "processes": settings.processes, "kept": settings.kept}
 
@@ -144,8 +79,8 @@ def latency(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
             bare_producer.hear()
             pickups = bare_consumer.hear()["pickups"]
             limit += [pickup / 1e6 for pickup in pickups] if turn else []
-        found = [row[0] / 1e6 for row in connection.execute(PICKUPS).fetchall()][TURN:]
-    _clear(settings.dsn)
+        found = [row[0] / 1e6 for row in connection.execute(PICKUPS, ("bench.latency",)).fetchall()][TURN:]
+    clear(settings.dsn)
     step()
     percentiles = statistics.quantiles(found, n=100)
     p50, limit_p50 = percentiles[49], statistics.median(limit)
@@ -163,16 +98,15 @@ WORKLOADS: dict[str, Callable[[Settings, Callable[[], None]], dict[str, float]]]
     "enqueue": enqueue,
     "drain": drain,
     "latency": latency,
+    "keys": keys,
+    "flows": flows,
 }
+
+MAIN = ("enqueue", "drain", "latency")
+"""What is measured if nothing is named."""
 
 
 def set_up(dsn: str) -> None:
     """What the bare limit needs."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(BARE_SETUP)
-
-
-def _clear(dsn: str) -> None:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(CLEAR)
-        connection.execute("checkpoint")

@@ -1,0 +1,86 @@
+"""What workloads are made of: their settings, and the processes that they start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import attrs
+import psycopg
+
+from ._sql import CLEAR
+
+__all__ = ["GAP", "TURN", "Role", "Settings", "clear"]
+
+GAP = 0.02
+"""Seconds between the sends of the latency workload: both sides have gone to sleep by then."""
+
+TURN = 25
+"""Sends of the latency workload before it is the other side's turn: about half a second."""
+
+
+@attrs.frozen
+class Settings:
+    """What to measure with."""
+
+    dsn: str = attrs.field(repr=False)
+    jobs: int
+    processes: int
+    concurrency: int
+    batch: int
+    kept: bool
+
+
+class Role:
+    """A process of the benchmark."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", "notifyq.bench._roles", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Role:
+        self.hear()  # ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+
+    def go(self) -> None:
+        """Let it begin."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for its next line."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a benchmark process ended early; its error is above")
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+
+def clear(dsn: str) -> None:
+    """Leave nothing of a run behind."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(CLEAR)
+        connection.execute("checkpoint")
