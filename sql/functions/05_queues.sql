@@ -271,7 +271,7 @@ begin
     and a.key is not null
     and q.slots is not null
     group by a.key
-    on conflict (queue, key) do update set held = excluded.held;
+    on conflict on constraint key_pkey do update set held = excluded.held;
     insert into notifyq.gate (queue, held)
     select q.number, (select count(*) from notifyq.active a where a.queue = q.number)
     where q.gated

@@ -10,6 +10,10 @@
 --
 -- Locks: whatever moves tickets of a gated queue, but for sends and promote(), locks its gate first
 -- (lock_gates()): one transaction at a time, to its end, so that nothing here can deadlock.
+--
+-- Plans: these tables go from empty to millions and back between two ANALYZEs, so no statement may leave
+-- the planner a choice that is good for a few rows only: rows are found by ctid, by ON CONFLICT, or in
+-- lateral subqueries that it cannot flatten (LIMIT, OFFSET 0), never by a join that could scan a queue's all.
 
 -- How many starts a rate has left at this moment. A start counts until a period after the end of
 -- the hundredth of a period that it fell in, so never more than limit fall into any period.
@@ -200,12 +204,15 @@ declare
     q constant notifyq.queue := sift.queue;
     by_key constant boolean := q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0;
     front notifyq.ready[];
+    places tid[];
     passed_over text[] := '{}';
     verdict record;
 begin
-    select array_agg(row(t.number, t.job, t.queue, t.attempt, t.priority)::notifyq.ready order by t.priority desc, t.number) into front
+    select array_agg(row(t.number, t.job, t.queue, t.attempt, t.priority)::notifyq.ready order by t.priority desc, t.number),
+        array_agg(t.place order by t.priority desc, t.number)
+    into front, places
     from (
-        select * from notifyq.ready t
+        select t.*, t.ctid as place from notifyq.ready t
         where t.queue = q.number
         and t.priority between sift.low and sift.high
         order by t.priority desc, t.number
@@ -239,7 +246,9 @@ begin
             end as rate
         from unnest(front) with ordinality f (number, job, queue, attempt, priority, place)
         join notifyq.job j on j.id = f.job
-        left join notifyq.key k on by_key and k.queue = q.number and k.key = coalesce(j.key, '')
+        left join lateral (
+            select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0
+        ) k on by_key
     ), ranked as (
         select t.*, row_number() over (partition by t.key, t.late, t.is_head order by t.place) as rank
         from ticket t
@@ -257,11 +266,7 @@ begin
         from judged j
     ), gone as (
         delete from notifyq.ready r
-        using decided d
-        where not d.stays
-        and r.queue = q.number
-        and r.priority = d.priority
-        and r.number = d.number
+        where r.ctid = any (array(select places[d.place] from decided d where not d.stays))
     ), waiting as (
         insert into notifyq.blocked (job, number, queue, attempt, priority, key)
         select d.job, d.number, q.number, d.attempt, d.priority, d.key
@@ -276,7 +281,7 @@ begin
         and not d.stays
         group by d.key
         order by d.key
-        on conflict (queue, key) do update set held = key.held + excluded.held, head = excluded.head
+        on conflict on constraint key_pkey do update set held = key.held + excluded.held, head = excluded.head
     )
     select array_agg(d.job order by d.place) filter (where d.verdict in ('start', 'late')) as jobs,
         array_agg(d.number order by d.place) filter (where d.verdict in ('start', 'late')) as numbers,
@@ -306,16 +311,15 @@ begin
     if (count_starts.queue).key_rate_limit is null or cardinality(count_starts.started_keys) = 0 then
         return;
     end if;
-    insert into notifyq.key (queue, key)
-    select distinct (count_starts.queue).number, s.key
-    from unnest(count_starts.started_keys) s (key)
-    order by s.key
-    on conflict do nothing;
-    update notifyq.key k
-    set (starts, counts) = (select r.starts, r.counts from notifyq.rate_add(k.starts, k.counts, s.number, (count_starts.queue).key_rate_period, count_starts.moment) r)
+    insert into notifyq.key (queue, key, starts, counts)
+    select (count_starts.queue).number, s.key, r.starts, r.counts
     from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
-    where k.queue = (count_starts.queue).number
-    and k.key = s.key;
+    cross join lateral notifyq.rate_add(null, null, s.number, (count_starts.queue).key_rate_period, count_starts.moment) r
+    on conflict on constraint key_pkey do update
+    set (starts, counts) = (
+        select r.starts, r.counts
+        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], (count_starts.queue).key_rate_period, count_starts.moment) r
+    );
 end
 $$;
 
@@ -355,7 +359,7 @@ begin
         with picked as (
             select b.*
             from unnest(turns) t (key)
-            left join notifyq.key k on k.queue = q.number and k.key = t.key
+            left join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k on true
             cross join lateral (
                 select b.job
                 from notifyq.blocked b
@@ -376,8 +380,7 @@ begin
             limit room
         ), gone as (
             delete from notifyq.blocked b
-            using picked p
-            where b.job = p.job
+            where b.job = any (array(select p.job from picked p))
             returning b.*
         ), held as (
             insert into notifyq.key (queue, key, held)
@@ -386,7 +389,7 @@ begin
             where q.slots is not null
             group by g.key
             order by g.key
-            on conflict (queue, key) do update set held = key.held + excluded.held
+            on conflict on constraint key_pkey do update set held = key.held + excluded.held
         )
         select coalesce(array_agg(g.job order by g.number), '{}') as jobs, array_agg(g.number order by g.number) as numbers,
             array_agg(g.attempt order by g.number) as attempts, coalesce(array_agg(g.key), '{}') as keys
@@ -410,12 +413,13 @@ begin
     perform notifyq.advance(q, array(
         select t.key
         from unnest(turns) t (key)
-        left join notifyq.key k on k.queue = q.number and k.key = t.key
+        left join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k on true
         where notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) > 0
     ));
-    with rested as (
+    with rested as materialized (
         select k.key, o.job, notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment) as due_at
-        from notifyq.key k
+        from unnest(turns) t (key)
+        cross join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k
         cross join lateral (
             select b.job
             from notifyq.blocked b
@@ -426,25 +430,22 @@ begin
             limit 1
             for update skip locked
         ) o
-        where k.queue = q.number
-        and k.key = any (turns)
-        and not exists (select from notifyq.scheduled s where s.job = k.turn)
+        where not exists (select from notifyq.scheduled s where s.job = k.turn)
         and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
     ), turn as (
-        update notifyq.key k
-        set turn = r.job
+        insert into notifyq.key (queue, key, turn)
+        select q.number, r.key, r.job
         from rested r
-        where k.queue = q.number
-        and k.key = r.key
+        on conflict on constraint key_pkey do update set turn = excluded.turn
     ), gone as (
         delete from notifyq.blocked b
-        using rested r
-        where b.job = r.job
-        returning b.job, b.queue, b.attempt, r.due_at
+        where b.job = any (array(select r.job from rested r))
+        returning b.job, b.queue, b.attempt
     )
     insert into notifyq.scheduled (job, queue, attempt, due_at)
-    select n.job, n.queue, n.attempt, n.due_at
-    from gone n;
+    select n.job, n.queue, n.attempt, r.due_at
+    from gone n
+    join rested r on r.job = n.job;
 end
 $$;
 
@@ -480,8 +481,7 @@ begin
         ) b
     ), gone as (
         delete from notifyq.blocked b
-        using picked p
-        where b.job = p.job
+        where b.job = any (array(select p.job from picked p))
         returning b.job, b.number, b.attempt, b.priority
     )
     insert into notifyq.ready (queue, priority, number, job, attempt)
@@ -559,16 +559,16 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 begin
-    update notifyq.key k
-    set held = greatest(k.held - f.number, 0), head = null
-    from (select u.key, count(*)::int as number from unnest(free_keys.keys) u (key) group by u.key) f
-    where k.queue = (free_keys.queue).number
-    and k.key = f.key;
+    insert into notifyq.key (queue, key, held)
+    select (free_keys.queue).number, u.key, -count(*)
+    from unnest(free_keys.keys) u (key)
+    group by u.key
+    on conflict on constraint key_pkey do update set held = greatest(key.held + excluded.held, 0), head = null;
     perform notifyq.advance(free_keys.queue, free_keys.keys);
     delete from notifyq.key k
     where k.queue = (free_keys.queue).number
     and k.key = any (free_keys.keys)
-    and k.held = 0
+    and k.held <= 0
     and k.starts is null;
 end
 $$;

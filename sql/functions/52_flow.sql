@@ -90,7 +90,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
     names text[] := array(select e.value ->> 'name' from jsonb_array_elements(flow_order.jobs) with ordinality e order by e.ordinality);
+    known jsonb := (select jsonb_object_agg(n.name, true) from unnest(names) n (name) where n.name is not null);
+    left_over jsonb := flow_order.jobs;
     placed text[] := '{}';
+    done jsonb := '{}'; -- the names in placed: an object finds one sooner than an array
     next_ones text[];
     wrong record;
 begin
@@ -111,29 +114,31 @@ begin
     from jsonb_array_elements(flow_order.jobs) e
     cross join lateral jsonb_array_elements(case jsonb_typeof(e.value -> 'after') when 'array' then e.value -> 'after' else '[]' end) p
     where jsonb_typeof(p.value) <> 'number'
-    and not p.value #>> '{}' = any (names)
+    and not known ? (p.value #>> '{}')
     limit 1;
     if found then
         raise exception 'job % of the flow comes after %, which is not in it', quote_literal(wrong.child), quote_literal(wrong.parent)
         using errcode = 'NQ003', hint = 'after names jobs of the same flow, or gives the ids of jobs that were sent before.';
     end if;
-    while cardinality(placed) < cardinality(names) loop
-        next_ones := array(
-            select e.value ->> 'name'
-            from jsonb_array_elements(flow_order.jobs) with ordinality e
-            where not e.value ->> 'name' = any (placed)
-            and not exists (
+    left_over := (select jsonb_agg(jsonb_build_object('name', e.value -> 'name', 'after', e.value -> 'after') order by e.ordinality)
+        from jsonb_array_elements(flow_order.jobs) with ordinality e);
+    while left_over is not null loop
+        select array_agg(s.job ->> 'name' order by s.place) filter (where s.free), jsonb_agg(s.job order by s.place) filter (where not s.free)
+        into next_ones, left_over
+        from (
+            select e.value as job, e.ordinality as place, not exists (
                 select from jsonb_array_elements(case jsonb_typeof(e.value -> 'after') when 'array' then e.value -> 'after' else '[]' end) p
                 where jsonb_typeof(p.value) = 'string'
-                and not p.value #>> '{}' = any (placed)
-            )
-            order by e.ordinality
-        );
-        if cardinality(next_ones) = 0 then
-            raise exception 'the jobs % of the flow wait for each other', array(select n.name from unnest(names) n (name) where not n.name = any (placed) order by n.name)
+                and not done ? (p.value #>> '{}')
+            ) as free
+            from jsonb_array_elements(left_over) with ordinality e
+        ) s;
+        if next_ones is null then
+            raise exception 'the jobs % of the flow wait for each other', array(select n.name from unnest(names) n (name) where not done ? n.name order by n.name)
             using errcode = 'NQ003', hint = 'A flow has no cycles.';
         end if;
         placed := placed || next_ones;
+        done := done || (select jsonb_object_agg(n.name, true) from unnest(next_ones) n (name));
     end loop;
     return placed;
 end
@@ -153,36 +158,42 @@ declare
     allowed constant text[] := array['name', 'queue', 'after', 'on_failure', 'data', 'priority', 'delay', 'due_at', 'retry_limit', 'retry_delay',
         'retry_delay_max', 'retry_backoff', 'timeout', 'expire_in', 'headers', 'id_key', 'key'];
     flow constant bigint := nextval('notifyq.job_id_seq');
-    ids jsonb := '{}';
+    ids jsonb;
     entry jsonb;
-    parents bigint[];
+    earlier bigint[];
+    siblings bigint[];
     sent record;
 begin
     if jsonb_typeof(send_flow.jobs) is distinct from 'array' or jsonb_array_length(send_flow.jobs) = 0 then
         raise exception 'a flow is a JSON array of one job or more' using errcode = 'NQ003';
     end if;
     perform notifyq.check_options(e.value, allowed) from jsonb_array_elements(send_flow.jobs) e;
+    select jsonb_object_agg(n.name, n.id) into ids
+    from (
+        select o.name, nextval('notifyq.job_id_seq') as id
+        from unnest(notifyq.flow_order(send_flow.jobs)) with ordinality o (name, place)
+        order by o.place
+    ) n;
     for entry in
         select e.value
-        from unnest(notifyq.flow_order(send_flow.jobs)) with ordinality o (name, place)
-        join jsonb_array_elements(send_flow.jobs) e on e.value ->> 'name' = o.name
-        order by o.place
+        from jsonb_array_elements(send_flow.jobs) e
+        order by (ids ->> (e.value ->> 'name'))::bigint
     loop
         if coalesce(entry ->> 'on_failure', 'cancel') not in ('cancel', 'run', 'wait') then
             raise exception 'on_failure of job % must be cancel, run or wait, not %', quote_literal(entry ->> 'name'), entry -> 'on_failure' using errcode = 'NQ003';
         end if;
-        parents := array(
-            select distinct case jsonb_typeof(p.value) when 'number' then (p.value #>> '{}')::bigint else (ids ->> (p.value #>> '{}'))::bigint end
-            from jsonb_array_elements(case jsonb_typeof(entry -> 'after') when 'array' then entry -> 'after' else '[]' end) p
-            order by 1
-        );
+        select coalesce(array_agg(distinct (ids ->> (p.value #>> '{}'))::bigint) filter (where jsonb_typeof(p.value) = 'string'), '{}'),
+            coalesce(array_agg(distinct (p.value #>> '{}')::bigint) filter (where jsonb_typeof(p.value) = 'number'), '{}')
+        into siblings, earlier
+        from jsonb_array_elements(case jsonb_typeof(entry -> 'after') when 'array' then entry -> 'after' else '[]' end) p;
         select s.id, s.created into sent
         from notifyq.send_one(
             notifyq.queue_named(entry ->> 'queue'), nullif(entry -> 'data', 'null'), (entry ->> 'priority')::int, notifyq.duration(entry -> 'delay'),
             (entry ->> 'due_at')::timestamptz, (entry ->> 'retry_limit')::int, notifyq.duration(entry -> 'retry_delay'),
             notifyq.duration(entry -> 'retry_delay_max'), (entry ->> 'retry_backoff')::boolean, notifyq.duration(entry -> 'timeout'),
             notifyq.duration(entry -> 'expire_in'), nullif(entry -> 'headers', 'null'), entry ->> 'id_key', entry ->> 'key', null, null,
-            flow, notifyq.outstanding(parents, flow, coalesce(entry ->> 'on_failure', 'cancel')), coalesce(entry ->> 'on_failure', 'cancel')
+            flow, cardinality(siblings) + notifyq.outstanding(earlier, flow, coalesce(entry ->> 'on_failure', 'cancel')),
+            coalesce(entry ->> 'on_failure', 'cancel'), (ids ->> (entry ->> 'name'))::bigint
         ) s;
         if not sent.created then
             raise exception 'job % of the flow is not made: job % has its key', quote_literal(entry ->> 'name'), sent.id
@@ -190,9 +201,11 @@ begin
         end if;
         insert into notifyq.flow_job (job, flow, name) values (sent.id, flow, entry ->> 'name');
         insert into notifyq.dependency (parent, child, state)
+        select p.job, sent.id, null
+        from unnest(siblings) p (job)
+        union all
         select p.job, sent.id, (select a.state from notifyq.archive a where a.id = p.job and (a.state = 'completed' or entry ->> 'on_failure' = 'run'))
-        from unnest(parents) p (job);
-        ids := ids || jsonb_build_object(entry ->> 'name', sent.id);
+        from unnest(earlier) p (job);
         name := entry ->> 'name';
         id := sent.id;
         return next;
