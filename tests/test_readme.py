@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 async def test_the_python_examples_run(dsn, monkeypatch, capsys):
     monkeypatch.setenv("DATABASE_URL", dsn)
-    declare, statement, schedules = blocks("python")
+    declare, statement, flow, schedules = blocks("python")
     names: dict[str, object] = {"__name__": "app"}
     exec(declare, names)
     runtime = names["runtime"]
@@ -34,6 +34,11 @@ async def test_the_python_examples_run(dsn, monkeypatch, capsys):
         exec(statement, {**names, "connection": connection})
         assert connection.execute("select count(*) from notifyq.scheduled").fetchone() == (1,)
 
+    exec(flow, names)
+    async with notifyq.connect(dsn) as nq:
+        await names["import_all"](nq, ["one", "two"])  # type: ignore[operator]
+        states = {job.queue: job.state for job in await nq.jobs() if job.queue in ("load", "report")}
+        assert states == {"load": "ready", "report": "blocked"}
     exec(schedules, names)
     assert capsys.readouterr().out.count("datetime.datetime(") == 3
 

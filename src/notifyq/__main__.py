@@ -6,7 +6,7 @@ import sys
 
 import psycopg
 
-from . import _cli_queues, _cli_schedules  # noqa: F401 - their commands are added to the others
+from . import _cli_jobs, _cli_queues, _cli_schedules  # noqa: F401 - their commands are added to the others
 from ._cli import cli
 from ._errors import NotifyqError
 

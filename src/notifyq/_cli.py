@@ -18,21 +18,19 @@ import trio
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 from . import _schema
-from ._client import Client
 from ._connect import connect, resolve_dsn
-from ._errors import InvalidData, InvalidOption
+from ._errors import InvalidOption
 from ._opening import open_connection
-from ._queue import Queue
 from ._runtime import Runtime, run_until_signal
 from ._sql import check_schema_name, translated
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-    from ._models import FlowJob, SendOptions
+    from ._client import Client
+
 
 T = TypeVar("T")
 
@@ -124,134 +122,6 @@ def load_runtime(app: str) -> Runtime:
         hint = f"; it has {', '.join(found)}" if found else "; make one: runtime = notifyq.Runtime([queue])"
         raise InvalidOption(f"module {module_name!r} has no Runtime named {name!r}{hint}")
     return runtime
-
-
-@cli.command()
-@click.argument("queue")
-@click.argument("data", metavar="JSON", required=False, default="null")
-@click.option("--delay", type=float, help="Seconds.")
-@click.option("--priority", type=int)
-@click.option("--retry-limit", type=int)
-@click.option("--id-key")
-@as_json
-@click.pass_obj
-def send(target: Target, /, queue: str, data: str, as_json: bool, **options: Any) -> None:
-    """Send a job with JSON data (- reads it from stdin)."""
-    try:
-        value = json.loads(sys.stdin.read() if data == "-" else data)
-    except ValueError as error:
-        raise InvalidData(f"{data!r:.80} is not JSON: {error}") from None
-    given: SendOptions = {key: value for key, value in options.items() if value is not None}  # type: ignore[assignment]
-    sent = target.ask(lambda nq: nq.send(Queue(queue), value, **given))
-    show(
-        [{"id": sent.id, "created": sent.created}],
-        as_json,
-        f"job {sent.id} {'sent' if sent.created else 'exists'}",
-        single=True,
-    )
-
-
-@cli.command()
-@as_json
-@click.pass_obj
-def runtimes(target: Target, as_json: bool) -> None:
-    """The processes that run jobs."""
-    show(target.ask(Client.runtimes), as_json, "runtimes")
-
-
-@cli.command()
-@click.option("--queue")
-@click.option(
-    "--state", type=click.Choice(["scheduled", "blocked", "ready", "active", "completed", "failed", "cancelled"])
-)
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
-@as_json
-@click.pass_obj
-def jobs(target: Target, queue: str | None, state: str | None, limit: int, as_json: bool) -> None:
-    """The newest jobs."""
-    found = target.ask(lambda nq: nq.jobs(queue=queue, state=state, limit=limit))
-    rows = [attrs.asdict(record) for record in found]
-    if not as_json:
-        columns = ("id", "queue", "state", "retrying", "attempt", "priority", "data", "output", "sent_at", "due_at")
-        rows = [{**{key: row[key] for key in columns}, "error": (row["error"] or {}).get("message")} for row in rows]
-    show(rows, as_json, "jobs")
-
-
-@cli.command("show")
-@click.argument("job", type=int)
-@as_json
-@click.pass_obj
-def show_job(target: Target, job: int, as_json: bool) -> None:
-    """All that is known of a job."""
-
-    async def ask(nq: Client) -> tuple[dict[str, Any], list[FlowJob]]:
-        return attrs.asdict(await nq.get(job)), await nq.flow(job)
-
-    row, flow = target.ask(ask)
-    if as_json:
-        show([row | {"flow_jobs": [attrs.asdict(each) for each in flow]}], True, "", single=True)
-        return
-    show([{"field": key, "value": value} for key, value in row.items() if value is not None], False, f"job {job}")
-    if flow:
-        Console().print(flow_tree(flow, job))
-
-
-def flow_tree(flow: Iterable[FlowJob], shown: int) -> Tree:
-    """A flow as a tree: below each job what comes after it. One that comes after several is told in full below the last."""
-    flow = list(flow)
-    tree = Tree(f"flow of {len(flow)} jobs")
-    places: dict[int, Tree] = {}
-    for each in flow:  # by id, so parents come first
-        label = Text(f"{each.name}  {each.state}  {each.id}", style="bold" if each.id == shown else "")
-        known = [parent for parent in each.after if parent in places]
-        for parent in known[:-1]:
-            places[parent].add(Text(f"{each.name}  (see below)", style="dim"))
-        places[each.id] = (places[known[-1]] if known else tree).add(label)
-    return tree
-
-
-def _operation(name: str, verb: str, text: str) -> None:
-    @cli.command(name, help=text)
-    @click.argument("jobs", type=int, nargs=-1, required=True)
-    @as_json
-    @click.pass_obj
-    def command(target: Target, jobs: tuple[int, ...], as_json: bool) -> None:
-        affected = target.ask(lambda nq: getattr(nq, name)(*jobs))
-        untouched = [job for job in jobs if job not in affected]
-        text = f"{verb}: {_listed(affected)}" + (f"; not: {_listed(untouched)}" if untouched else "")
-        show([{"affected": affected, "untouched": untouched}], as_json, text, single=True)
-        if untouched:
-            sys.exit(1)
-
-
-_operation("retry", "retrying", "Give failed jobs one more attempt. Exit code 1 if one was not failed.")
-_operation("resume", "resumed", "Put cancelled jobs back in line. Exit code 1 if one was not cancelled.")
-_operation("cancel", "cancelled", "Cancel jobs, also running ones. Exit code 1 if one had ended.")
-_operation("delete", "deleted", "Delete jobs in any state. Exit code 1 if there was none.")
-
-
-@cli.command()
-@click.argument("queue")
-@click.option("--source", help="Only jobs that came from this queue.")
-@click.option("--error-type", help="Only jobs whose last error was of this type.")
-@click.option("--limit", type=click.IntRange(1))
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@as_json
-@click.pass_obj
-def redrive(
-    target: Target,
-    queue: str,
-    source: str | None,
-    error_type: str | None,
-    limit: int | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Send the dead letters in QUEUE back to where they came from."""
-    moved = target.ask(
-        lambda nq: nq.redrive(queue, source=source, error_type=error_type, how_many=limit, preview=dry_run)
-    )
-    show([{"id": old, "queue": to, "new_id": new} for old, to, new in moved], as_json, "redriven")
 
 
 @cli.command()
@@ -355,7 +225,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
     return f"{value:%Y-%m-%d %H:%M:%S}" if hasattr(value, "strftime") else str(value)
-
-
-def _listed(jobs: Iterable[int]) -> str:
-    return ", ".join(map(str, jobs)) or "none"

@@ -48,6 +48,14 @@ def resume(target: Target, queue: str, as_json: bool) -> None:
     show([{"queue": queue, "paused": False, "changed": changed}], as_json, text, single=True)
 
 
+@queues.command("keys")
+@as_json
+@click.pass_obj
+def held_keys(target: Target, as_json: bool) -> None:
+    """The keys that hold jobs back, and the jobs that hold them."""
+    show(target.ask(Client.blocked_keys), as_json, "keys that hold jobs back")
+
+
 @queues.command("set")
 @click.argument("queue")
 @click.argument("options", metavar="OPTION=VALUE...", nargs=-1, required=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,9 @@ import attrs
 import click
 
 from ._cli import Target, as_json, cli, show
+from ._cli_jobs import parsed
 from ._client import Client
-from ._errors import InvalidData, InvalidOption
+from ._errors import InvalidOption
 from ._queue import Queue
 from ._schedule import Schedule
 
@@ -33,13 +33,6 @@ def _with_rule(command: Any) -> Any:
     for option in reversed(_rule_options):
         command = option(command)
     return command
-
-
-def _data(text: str) -> Any:
-    try:
-        return json.loads(sys.stdin.read() if text == "-" else text)
-    except ValueError as error:
-        raise InvalidData(f"{text!r:.80} is not JSON: {error}") from None
 
 
 @cli.group(invoke_without_command=True)
@@ -88,7 +81,7 @@ def _firings(record: ScheduleRecord, count: int) -> tuple[list[datetime], str | 
 @click.pass_obj
 def add(target: Target, /, queue: str, data: str, as_json: bool, **options: Any) -> None:
     """Make or change a schedule of QUEUE."""
-    schedule = Schedule(data=_data(data), **options)
+    schedule = Schedule(data=parsed(data), **options)
     done = target.ask(lambda nq: nq.schedule(Queue(queue), schedule))
     firings = schedule.next_firings(3)
     text = f"schedule {schedule.name} of {queue} {done}; next: {_listed(firings)}"
@@ -151,7 +144,7 @@ def _listed(firings: list[datetime]) -> str:
 @click.pass_obj
 def publish(target: Target, event: str, data: str, id_key: str | None, as_json: bool) -> None:
     """Send a job with JSON data (- reads it from stdin) to each queue that subscribed to EVENT."""
-    value = _data(data)
+    value = parsed(data)
     jobs = target.ask(lambda nq: nq.publish(event, value, id_key=id_key))
     text = "; ".join(f"{queue}: job {job}" for queue, job in jobs.items())
     show([{"event": event, "jobs": jobs}], as_json, text, single=True)

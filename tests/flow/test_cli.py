@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from notifyq import Queue
+from notifyq import Flow, Queue
 from notifyq.testing import embedded_server
 
 if TYPE_CHECKING:
@@ -176,3 +176,39 @@ def test_the_embedded_server_leaves_nothing_behind():
     with embedded_server() as dsn, psycopg.connect(dsn) as connection:
         [pid] = connection.execute("select pg_backend_pid()").fetchone()
     assert not os.path.exists(f"/proc/{pid}")
+
+
+async def test_keys_edits_and_flows(notifyq, nq):
+    queue = Queue("q", retry_limit=0, policy="singleton")
+    await nq.create_queue(queue)
+    first = json.loads((await notifyq("send", "q", "1", "--key", "k", "--json"))[1])["id"]
+    second = json.loads((await notifyq("send", "q", "2", "--key", "k", "--json"))[1])["id"]
+    [active] = await nq.fetch(queue, 1)
+    assert active.id == first
+    assert await nq.fetch(queue, 1) == []
+    keys = json.loads((await notifyq("queues", "keys", "--json"))[1])
+    assert keys == [{"queue": "q", "key": "k", "blocked": 1, "held_by": [first]}]
+    assert str(first) in (await notifyq("queues", "keys"))[1]
+    assert str(second) in (await notifyq("jobs", "--state", "blocked"))[1]
+    assert (await notifyq("edit", str(second), "--data", "3", "--priority", "4"))[:2] == (0, "edited")
+    assert (await notifyq("edit", str(first), "--data", "3"))[:2] == (1, "it does not wait")
+    assert "is not JSON" in (await notifyq("edit", str(second), "--data", "{"))[2]
+    record = await nq.get(second)
+    assert (record.data, record.priority) == (3, 4)
+    flow = Flow()
+    a, b = flow.add(queue, 1, name="first"), flow.add(queue, 2, name="second")
+    end = flow.add(queue, 3, name="end", after=[a, b])
+    sent = await nq.send_flow(flow)
+    shown = (await notifyq("show", str(sent[b].id)))[1]
+    tree = shown[shown.index("flow of 3 jobs") :].splitlines()
+    assert [line.strip("│├└─ ").split("  ")[0] for line in tree[1:]] == ["first", "end", "second", "end"]
+    assert "(see below)" in tree[2]
+    record = json.loads((await notifyq("show", str(sent[end].id), "--json"))[1])
+    assert [(job["name"], job["state"], job["after"]) for job in record["flow_jobs"]] == [
+        ("first", "ready", []),
+        ("second", "ready", []),
+        ("end", "blocked", [sent[a].id, sent[b].id]),
+    ]
+    throttled = await notifyq("send", "q", "1", "--key", "t", "--throttle", "0")
+    assert throttled[0] == 1
+    assert "throttle must be from 0.001" in throttled[2]
