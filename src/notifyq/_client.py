@@ -9,7 +9,8 @@ from ._codec import from_json, to_json
 from ._errors import InvalidData, InvalidOption, JobFailed, LeaseLost
 from ._flow import Flow, SentFlow
 from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent
-from ._operator import Operator, declared, job_id
+from ._operator import declared, job_id
+from ._planner import Planner
 from ._queue import Queue, job_of
 from ._results import Results, has_finished
 from ._sql import KEY_MAX, flag, plain_options, seconds, text, whole
@@ -30,7 +31,7 @@ __all__ = ["Client"]
 ANY = Queue[Any, Any]
 
 
-class Client(Operator):
+class Client(Planner):
     """What ``connect`` gives. Safe to use from many tasks at once.
 
     Every call is one transaction of its own, unless you pass ``connection``. Cancelling a call rolls it back if the
