@@ -8,10 +8,12 @@ from ._codec import encode, to_json
 from ._errors import InvalidOption
 from ._operator import ANY, Operator, declared, queue_name
 from ._schedule import Schedule, check_plain_name
-from ._sql import plain_options
+from ._sql import plain_options, text
 
 if TYPE_CHECKING:
     from ._connection import TrioConnection
+    from ._models import In, Out
+    from ._queue import Queue
     from ._schedule import ScheduleRecord
 
 __all__ = ["Planner"]
