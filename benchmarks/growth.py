@@ -1,6 +1,7 @@
 """What grows with the backlog, and what an idle runtime costs.
 
-``python benchmarks/growth.py --json FILE``: claims of 50 with 10,000 and with 1,000,000 jobs waiting, in turn; the memory
+``python benchmarks/growth.py --json FILE``: claims of 50 with 10,000 and with 1,000,000 jobs waiting, in turn; sends, claims
+and completions by key with so many blocked behind keys that are held; the memory
 of a runtime with 1,000,000 waiting; statements and connections of a runtime with ten empty queues in a minute.
 """
 
@@ -47,7 +48,18 @@ FILL = (
     "select count(*) from generate_series(1, %s) n,"
     " lateral notifyq.send_many('q', (select jsonb_agg('{\"data\": 1}'::jsonb) from generate_series(1, 10000))) s"
 )
+HELD_KEYS = 100
+FILL_HELD = (
+    "select count(*) from generate_series(1, %s) n, lateral notifyq.send_many('keyed', (select jsonb_agg("
+    f"jsonb_build_object('key', 'held' || mod(k, {HELD_KEYS}))) from generate_series(1, 10000) k)) s"
+)
+CLAIM_HELD = "select id from notifyq.claim('keyed', 1000, lease => '1 day')"
+SEND_KEYED = (
+    "select count(*) from notifyq.send_many('keyed', (select jsonb_agg(jsonb_build_object('key', 'k' || mod(k, 25)))"
+    " from generate_series(1, 50) k))"
+)
 RUNTIME_ID = "00000000-0000-0000-0000-000000000001"
+CLAIM_KEYED = f"select array_agg(id order by id) from notifyq.claim('keyed', 50, '{RUNTIME_ID}')"
 REGISTER = f"select notifyq.register('{RUNTIME_ID}', '{{q}}', '1 day')"
 CLAIM = f"select array_agg(id) from notifyq.claim('q', %s, '{RUNTIME_ID}')"
 COMPLETE = f"select notifyq.complete(%s::bigint[], null, null, '{RUNTIME_ID}')"
@@ -74,6 +86,27 @@ def claims(small: psycopg.Connection, large: psycopg.Connection) -> dict[str, fl
         "claim_ms_10k": figures["small"],
         "claim_ms_1m": figures["large"],
         "claim_ratio": figures["large"] / figures["small"],
+    }
+
+
+def keyed(small: psycopg.Connection, large: psycopg.Connection) -> dict[str, float]:
+    """Milliseconds of a claim and of a completion of jobs of 25 free keys, at either number of blocked jobs, in turn."""
+    seconds: dict[str, list[float]] = {f"{what}_{size}": [] for what in ("claim", "complete") for size in ("10k", "1m")}
+    for turn in range(CLAIMS + 5):
+        for size, connection in (("10k", small), ("1m", large)):
+            connection.execute(SEND_KEYED)
+            for _ in range(2):  # the second half was blocked by the first
+                started = time.perf_counter()
+                [jobs] = connection.execute(CLAIM_KEYED).fetchone()
+                claimed = time.perf_counter()
+                connection.execute(COMPLETE, (jobs,))
+                if turn >= 5:
+                    seconds[f"claim_{size}"].append(claimed - started)
+                    seconds[f"complete_{size}"].append(time.perf_counter() - claimed)
+    figures = {f"{name}_ms": statistics.median(found) * 1000 for name, found in seconds.items()}
+    return figures | {
+        "claim_ratio": figures["claim_1m_ms"] / figures["claim_10k_ms"],
+        "complete_ratio": figures["complete_1m_ms"] / figures["complete_10k_ms"],
     }
 
 
@@ -134,14 +167,19 @@ async def measure(server: str) -> dict[str, object]:
         for dsn, batches in ((small, SMALL // 10_000), (large, LARGE // 10_000)):
             async with connect(dsn) as nq:
                 await nq.create_queue(Queue("q"))
+                await nq.create_queue(Queue("keyed", policy="singleton"))
             with psycopg.connect(dsn, autocommit=True) as connection:
                 connection.execute(FILL, (batches,))
+                connection.execute(FILL_HELD, (batches,))
+                while connection.execute(CLAIM_HELD).fetchall():
+                    pass
                 connection.execute("vacuum analyze")
 
         def run() -> dict[str, object]:
             with psycopg.connect(small, autocommit=True) as one, psycopg.connect(large, autocommit=True) as other:
                 backlog = claims(one, other)
-            return {"backlog": backlog, "memory": {"resident_mib_1m": memory(large)}}
+                blocked = keyed(one, other)
+            return {"backlog": backlog, "blocked": blocked, "memory": {"resident_mib_1m": memory(large)}}
 
         return await trio.to_thread.run_sync(run)
 

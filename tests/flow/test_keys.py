@@ -300,3 +300,28 @@ async def test_edits_that_cannot_be_are_refused(nq):
         await nq.update_job(sent, data="no number")
     with pytest.raises(notifyq.InvalidOption, match="key must be text"):
         await nq.upsert(queue, 1, key=None)  # type: ignore[arg-type]
+
+
+async def test_a_debounced_job_starts_with_its_slot_and_has_the_latest_data(start, nq):
+    running = Running()
+    queue = keyed(running)
+    await start(queue)
+    with trio.fail_after(10):
+        sent = [await nq.send(queue, number, key="k", debounce=1) for number in range(5)]
+        for job in sent:
+            await nq.result(job)
+    # 1 or 2 slots' worth of jobs, by where in its second the first one fell
+    assert len({job.id for job in sent}) == len(running.order) <= 3
+    assert running.order[-1] == ("k", 4)
+
+
+@pytest.mark.parametrize("options", [{"policy": "stately"}, {"policy": "exclusive"}, {"fair": True, "key_limit": 1}])
+async def test_the_next_job_of_a_key_starts_without_a_poll_whatever_the_rule(start, nq, options):
+    running = Running()
+    queue = keyed(running, **options)
+    await start(queue)
+    with trio.fail_after(10):
+        for number in range(20):
+            sent = await nq.send(queue, number, key="k")
+            await nq.result(sent)
+    assert running.most["k"] == 1
