@@ -94,7 +94,20 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 self.pgconn.send_query_params(statement.encode(), parameters)
             else:
                 self.pgconn.send_query_prepared(known.name, parameters)
-            return known.load(await self._result())
+            try:
+                return known.load(await self._result())
+            except psycopg.errors.InvalidSqlStatementName:
+                # Somebody has sent DEALLOCATE. In a transaction the error has undone that.
+                self._statements.clear()
+                if self.pgconn.transaction_status != TransactionStatus.IDLE:
+                    raise
+        return await self.fetch(statement, parameters)
+
+    def _deallocate(self, name: bytes | None) -> Any:
+        """What psycopg sends when it forgets prepared statements; without a name, DEALLOCATE ALL: ours go, too."""
+        yield from super()._deallocate(name)
+        if name is None:
+            self._statements.clear()
 
     async def prepare(self, statement: str) -> None:
         """Prepare a statement for ``send``, and for ``fetch``."""

@@ -1,6 +1,7 @@
 """Producers, three worker processes, failing jobs, and SIGTERM or kill -9 for a random worker every few seconds.
 
-Ends with every acknowledged send accounted for. ``python tests/faults/soak.py --minutes 10 --seed 1``; the test suite
+Ends with every acknowledged send accounted for, and no two jobs of one singleton key having run at once (each takes an
+advisory lock of its key on the server). ``python tests/faults/soak.py --minutes 10 --seed 1``; the test suite
 runs a short form. The ledger of what was sent is this process's own, outside the database.
 """
 
@@ -37,12 +38,25 @@ async def work(job):
     await trio.sleep(random.expovariate(100))
     return job.data
 
-runtime = notifyq.Runtime([soak], lease=2, grace=1, migrate=False)
+alone = notifyq.Queue("soak/alone", int, bool, retry_limit=20, retry_delay=0.05, timeout=5)
+
+@alone.worker(concurrency=5, transaction=True)
+async def lock(job, connection):
+    cursor = await connection.execute("select pg_try_advisory_xact_lock(77, hashtext(%s))", [job.key])
+    [locked] = await cursor.fetchone()
+    await trio.sleep(random.expovariate(200))
+    if locked and random.random() < 0.1:
+        raise ValueError("bad luck")
+    return locked
+
+runtime = notifyq.Runtime([soak, alone], lease=2, grace=1, migrate=False)
 """
 
 SOAK = Queue(
     "soak", int, int, retry_limit=3, retry_delay=0.05, timeout=5, retention=None, dead_letter=Queue("soak/dead", int)
 )
+ALONE = Queue("soak/alone", int, bool, policy="singleton", retry_limit=20, retry_delay=0.05, timeout=5, retention=None)
+WAITING = ("ready", "active", "scheduled", "blocked")
 
 
 class Workers:
@@ -99,22 +113,36 @@ async def produce(nq: notifyq.Client, ledger: dict[int, int], dice: random.Rando
         await trio.sleep(dice.expovariate(20))
 
 
+async def produce_keyed(nq: notifyq.Client, ledger: dict[int, int], dice: random.Random) -> None:
+    """Send jobs of a few keys, one by one and in bulk."""
+    while True:
+        jobs = [notifyq.NewJob(0, {"key": f"k{dice.randrange(20)}"}) for _ in range(dice.randrange(1, 10))]
+        if len(jobs) == 1:
+            ledger[(await nq.send(ALONE, 0, key=jobs[0].options["key"])).id] = 0
+        else:
+            ledger.update((job.id, 0) for job in await nq.send_many(ALONE, jobs))
+        await trio.sleep(dice.expovariate(10))
+
+
 async def soak(server: str, seconds: float, seed: int, every: float) -> dict[str, object]:
     """Run it, and check the ledger against the database."""
     dice = random.Random(seed)
     ledger: dict[int, int] = {}
+    keyed: dict[int, int] = {}
     with tempfile.TemporaryDirectory(prefix="notifyq-soak-") as folder:
         async with testing.fresh_database(server) as dsn, notifyq.connect(dsn) as nq:
             await nq.create_queue(SOAK)
+            await nq.create_queue(ALONE)
             workers = Workers(dsn, Path(folder), dice)
             try:
                 with trio.move_on_after(seconds):
                     async with trio.open_nursery() as nursery:
                         for _ in range(3):
                             nursery.start_soon(produce, nq, ledger, random.Random(dice.random()))
+                        nursery.start_soon(produce_keyed, nq, keyed, random.Random(dice.random()))
                         nursery.start_soon(workers.harass, every)
                 with trio.fail_after(60):
-                    while any(row["ready"] or row["active"] or row["scheduled"] for row in await stats(nq)):
+                    while any(row[state] for row in await stats(nq) for state in WAITING):
                         await trio.sleep(0.1)
             finally:
                 with trio.CancelScope(shield=True):
@@ -126,6 +154,12 @@ async def soak(server: str, seconds: float, seed: int, every: float) -> dict[str
                 found = {job: (state, attempt, same) for job, state, attempt, same in await cursor.fetchall()}
                 cursor = await connection.execute("select count(*) from notifyq.jobs where queue = 'soak/dead'")
                 [(dead,)] = await cursor.fetchall()
+                cursor = await connection.execute(
+                    "select id, state, output from notifyq.jobs where queue = 'soak/alone'"
+                )
+                alone = {job: (state, locked) for job, state, locked in await cursor.fetchall()}
+                cursor = await connection.execute("select count(*) from notifyq.key")
+                [(keys_left,)] = await cursor.fetchall()
     states = Counter(state for state, _, _ in found.values())
     assert set(codes) <= {0, -signal.SIGTERM}, codes  # the signal may come while one is still importing
     assert not (ledger.keys() - found.keys()), "jobs vanished"
@@ -135,11 +169,21 @@ async def soak(server: str, seconds: float, seed: int, every: float) -> dict[str
     assert all(same for state, _, same in found.values() if state == "completed"), "wrong outputs"
     assert all(attempt == 4 for state, attempt, _ in found.values() if state == "failed")
     assert dead == states["failed"]
-    return {"sent": len(ledger), "states": dict(states), "signals": dict(workers.done), "seed": seed}
+    assert not (keyed.keys() - alone.keys()), "keyed jobs vanished"
+    assert all(locked for state, locked in alone.values() if state == "completed"), "two jobs of one key ran at once"
+    assert {state for state, _ in alone.values()} <= {"completed", "failed"}
+    assert keys_left == 0, "a key is held by nobody"
+    return {
+        "sent": len(ledger),
+        "keyed": len(keyed),
+        "states": dict(states),
+        "signals": dict(workers.done),
+        "seed": seed,
+    }
 
 
 async def stats(nq: notifyq.Client) -> list[dict[str, object]]:
-    return [row for row in await nq.queue_stats() if row["queue"] == "soak"]
+    return [row for row in await nq.queue_stats() if row["queue"] in ("soak", "soak/alone")]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING
 
@@ -277,7 +278,44 @@ def test_psycopgs_private_surface_is_what_the_driver_was_written_for():
     source = inspect.getsource(psycopg._connection_base.BaseConnection)
     for name in ("_autocommit", "notify_handler", "_pipeline"):
         assert name in source
+    assert list(inspect.signature(connection._deallocate).parameters) == ["self", "name"]
+    assert "conn._deallocate(name)" in inspect.getsource(psycopg._preparing)
     assert "self.lock" in inspect.getsource(psycopg.connection_async)
     assert list(inspect.signature(psycopg_pool.ConnectionPool.getconn).parameters) == ["self", "timeout"]
     assert list(inspect.signature(psycopg_pool.ConnectionPool.putconn).parameters) == ["self", "conn"]
     assert issubclass(_connection.TrioConnection, connection)
+
+
+async def test_what_psycopg_deallocates_after_a_rollback_is_prepared_anew(connection):
+    async def fetch() -> list:
+        return await connection.fetch("select $1::int + 1", [b"1"])
+
+    for _ in range(3):
+        assert await fetch() == [(2,)]
+    with contextlib.suppress(ZeroDivisionError):
+        async with connection.transaction():
+            for _ in range(4):
+                await connection.execute("select %s::int + 2", [1], prepare=True)
+            raise ZeroDivisionError
+    async with connection.transaction():  # here psycopg sends DEALLOCATE ALL
+        await connection.execute("select %s::int + 2", [1])
+        assert await fetch() == [(2,)]
+    assert await fetch() == [(2,)]
+
+
+async def test_what_a_user_deallocates_is_prepared_anew(connection):
+    for _ in range(3):
+        assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
+    await connection.execute("deallocate all")
+    assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
+    assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
+
+
+async def test_what_a_user_deallocates_in_a_transaction_costs_that_one(connection):
+    for _ in range(3):
+        assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
+    with pytest.raises(psycopg.errors.InvalidSqlStatementName):
+        async with connection.transaction():
+            await connection.execute("deallocate all")
+            await connection.fetch("select $1::int + 1", [b"1"])
+    assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
