@@ -314,8 +314,9 @@ async def test_what_a_user_deallocates_is_prepared_anew(connection):
 async def test_what_a_user_deallocates_in_a_transaction_costs_that_one(connection):
     for _ in range(3):
         assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
-    with pytest.raises(psycopg.errors.InvalidSqlStatementName):
-        async with connection.transaction():
-            await connection.execute("deallocate all")
+    async with connection.transaction():
+        await connection.execute("deallocate all")
+        with pytest.raises(psycopg.errors.InvalidSqlStatementName):
             await connection.fetch("select $1::int + 1", [b"1"])
+        await connection.execute("rollback")
     assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
