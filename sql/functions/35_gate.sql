@@ -92,8 +92,9 @@ end
 $$;
 
 -- Takes up to how_many tickets that may start out of ready, or blocked, in order; claim() makes
--- them active. Among them are expired ones, which hold no slot.
-create or replace function notifyq.admit(queue int, how_many int, out jobs bigint[], out numbers bigint[], out attempts int[])
+-- them active. Among them are those that have expired at this moment: they hold no slot, and claim() has
+-- them leave the line.
+create or replace function notifyq.admit(queue int, how_many int, out jobs bigint[], out numbers bigint[], out attempts int[], out moment timestamptz)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -105,7 +106,6 @@ as $$
 #variable_conflict use_column
 declare
     most_looked_at constant int := 5000;
-    moment constant timestamptz := clock_timestamp();
     q notifyq.queue;
     g notifyq.gate;
     room int := admit.how_many;
@@ -113,11 +113,12 @@ declare
     window_size int;
     looked_at int := 0;
     started_keys text[] := '{}';
-    late_keys text[] := '{}';
     rated_keys text[] := '{}';
     started int;
 begin
     g := notifyq.lock_gate(admit.queue);
+    -- Not before: who has waited for the gate starts now. Starts are counted later than this, when the looking is done.
+    moment := clock_timestamp();
     select * into q from notifyq.queue o where o.number = admit.queue;
     room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
@@ -130,7 +131,6 @@ begin
         numbers := numbers || sifted.numbers;
         attempts := attempts || sifted.attempts;
         started_keys := started_keys || sifted.started_keys;
-        late_keys := late_keys || sifted.late_keys;
         rated_keys := rated_keys || sifted.rated_keys;
         room := room - cardinality(sifted.started_keys);
         exit when sifted.looked_at < window_size;
@@ -144,7 +144,6 @@ begin
         started_keys := started_keys || sifted.started_keys;
         room := room - cardinality(sifted.started_keys);
     end if;
-    perform notifyq.advance(q, late_keys);
     if looked_at >= most_looked_at then
         perform notifyq.ring_look(q);
     end if;
@@ -152,7 +151,7 @@ begin
     if q.active_limit is not null or q.rate_limit is not null then
         if q.rate_limit is not null and started > 0 then
             select r.starts, r.counts into g.starts, g.counts
-            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, moment) r;
+            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, clock_timestamp()) r;
         end if;
         g.next_start_at := case
             when q.rate_limit is not null and notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) <= 0
@@ -182,7 +181,6 @@ create or replace function notifyq.sift(
     out numbers bigint[],
     out attempts int[],
     out started_keys text[],
-    out late_keys text[],
     out rated_keys text[]
 )
 language plpgsql
@@ -278,7 +276,6 @@ begin
         array_agg(d.number order by d.place) filter (where d.verdict in ('start', 'late')) as numbers,
         array_agg(d.attempt order by d.place) filter (where d.verdict in ('start', 'late')) as attempts,
         array_agg(d.key) filter (where d.verdict = 'start') as started_keys,
-        array_agg(d.key) filter (where d.verdict = 'late') as late_keys,
         array_agg(distinct d.key) filter (where d.verdict = 'rate') as rated_keys
     into verdict
     from decided d
@@ -287,14 +284,13 @@ begin
     numbers := verdict.numbers;
     attempts := verdict.attempts;
     started_keys := coalesce(verdict.started_keys, '{}');
-    late_keys := coalesce(verdict.late_keys, '{}');
     rated_keys := coalesce(verdict.rated_keys, '{}');
-    perform notifyq.count_starts(q, started_keys, sift.moment);
+    perform notifyq.count_starts(q, started_keys);
 end
 $$;
 
 -- Counts starts of keys that have a rate; started_keys has one element a start.
-create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[], moment timestamptz) returns void
+create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -308,7 +304,7 @@ begin
     order by s.key
     on conflict do nothing;
     update notifyq.key k
-    set (starts, counts) = (select r.starts, r.counts from notifyq.rate_add(k.starts, k.counts, s.number, (count_starts.queue).key_rate_period, count_starts.moment) r)
+    set (starts, counts) = (select r.starts, r.counts from notifyq.rate_add(k.starts, k.counts, s.number, (count_starts.queue).key_rate_period, clock_timestamp()) r)
     from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
     where k.queue = (count_starts.queue).number
     and k.key = s.key;
@@ -372,26 +368,31 @@ begin
             using picked p
             where b.job = p.job
             returning b.*
+        ), judged as materialized (
+            select g.*, g.attempt = 0 and (j.expires_at <= take_turns.moment) is true as late
+            from gone g
+            join notifyq.job j on j.id = g.job
         ), held as (
             insert into notifyq.key (queue, key, held)
             select q.number, g.key, count(*)
-            from gone g
+            from judged g
             where q.slots is not null
+            and not g.late
             group by g.key
             order by g.key
             on conflict (queue, key) do update set held = key.held + excluded.held
         )
         select coalesce(array_agg(g.job order by g.number), '{}') as jobs, array_agg(g.number order by g.number) as numbers,
-            array_agg(g.attempt order by g.number) as attempts, coalesce(array_agg(g.key), '{}') as keys
+            array_agg(g.attempt order by g.number) as attempts, coalesce(array_agg(g.key) filter (where not g.late), '{}') as keys
         into helping
-        from gone g;
+        from judged g;
         exit when cardinality(helping.jobs) = 0;
-        perform notifyq.count_starts(q, helping.keys, take_turns.moment);
+        perform notifyq.count_starts(q, helping.keys);
         jobs := jobs || helping.jobs;
         numbers := numbers || helping.numbers;
         attempts := attempts || helping.attempts;
         started_keys := started_keys || helping.keys;
-        room := room - cardinality(helping.jobs);
+        room := room - cardinality(helping.keys);
         turns := array(select distinct k.key from unnest(helping.keys) k (key));
     end loop;
 
