@@ -568,8 +568,9 @@ end
 $$;
 
 -- What a ticket leaves behind that goes from the line without having started: the next of its key
--- gets its place, and if it was the head of an ordered or stately key, the key is free.
-create or replace function notifyq.leave_line(jobs bigint[]) returns void
+-- gets its place, and if it was the head of an ordered or stately key, the key is free. One that was
+-- blocked had no place, and needs no gate: a flow's jobs may be cancelled from any other queue.
+create or replace function notifyq.leave_line(jobs bigint[], were_blocked boolean default false) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -588,6 +589,7 @@ begin
     loop
         perform notifyq.unreserve(q.number, coalesce(j.key, ''), j.id)
         from (select * from notifyq.job o where o.id = any (leave_line.jobs) and o.queue = q.number order by o.key) j;
+        continue when leave_line.were_blocked;
         perform notifyq.lock_gate(q.number);
         select array_agg(coalesce(j.key, '')) filter (where k.head is distinct from j.id), array_agg(coalesce(j.key, '')) filter (where k.head = j.id)
         into left_keys, freed
