@@ -294,7 +294,7 @@ as $$
 declare
     doomed notifyq.queue := notifyq.queue_named(delete_queue.name);
     users text;
-    deleted bigint;
+    deleted bigint := 0;
 begin
     select string_agg(q.name, ', ') into users
     from notifyq.queue q
@@ -303,7 +303,10 @@ begin
         raise exception 'queue % is the dead letter of: %', delete_queue.name, users
         using errcode = 'NQ003', hint = 'Give those queues another dead_letter first: notifyq.update_queue().';
     end if;
-    deleted := notifyq.delete_all(delete_queue.name);
+    -- The long part before the lock, but not with a gate: a claim that waits for it has read the queue's row.
+    if not doomed.gated then
+        deleted := notifyq.delete_all(delete_queue.name);
+    end if;
     lock table notifyq.queue in access exclusive mode;
     deleted := deleted + notifyq.delete_all(delete_queue.name);
     delete from notifyq.reserved r where r.queue = doomed.number;

@@ -69,7 +69,8 @@ begin
 end
 $$;
 
--- Locks the gates of the queues that these jobs are in; call before their tickets are touched.
+-- Locks the gates of the queues that these jobs are in, or keep a key of though they have failed; call
+-- before their tickets are touched.
 create or replace function notifyq.lock_gates(jobs bigint[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -81,12 +82,16 @@ as $$
 begin
     perform notifyq.lock_gate(g.queue)
     from (
-        select distinct j.queue
+        select j.queue
         from notifyq.job j
         join notifyq.queue q on q.number = j.queue
         where j.id = any (lock_gates.jobs)
         and q.gated
-        order by j.queue
+        union
+        select k.queue
+        from notifyq.key k
+        where k.head = any (lock_gates.jobs)
+        order by queue
     ) g;
 end
 $$;
@@ -616,7 +621,8 @@ begin
         from notifyq.key k
         join notifyq.queue q on q.number = k.queue
         where k.head = any (release_heads.jobs)
-        group by q.*
+        group by q.number, q.*
+        order by q.number
     loop
         perform notifyq.lock_gate((held.queue).number);
         perform notifyq.free_keys(held.queue, held.keys);
