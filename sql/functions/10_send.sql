@@ -429,6 +429,13 @@ begin
         order by s.place;
         return;
     end if;
+    if q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0 then
+        -- What this puts in blocked is let go by these rules: they stay until it is seen.
+        select o.* into q from notifyq.queue o where o.number = q.number for share;
+        if not found then
+            q := notifyq.queue_named(send_many.queue);
+        end if;
+    end if;
     return query
     select * from notifyq.send_each(q, send_many.jobs);
 exception when data_exception then
