@@ -427,7 +427,12 @@ begin
         ) o
         where k.queue = q.number
         and k.key = any (turns)
-        and not exists (select from notifyq.scheduled s where s.job = k.turn)
+        and not exists (
+            -- What waits longer than that, for another attempt, say, is not what the others wait for.
+            select from notifyq.scheduled s
+            where s.job = k.turn
+            and s.due_at <= notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment)
+        )
         and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
     ), turn as (
         update notifyq.key k

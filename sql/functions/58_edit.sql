@@ -174,6 +174,15 @@ begin
         if due > clock_timestamp() then
             insert into notifyq.scheduled (job, queue, attempt, due_at)
             values (j.id, j.queue, ticket.attempt, due);
+            -- The others of its key do not wait for it any longer.
+            update notifyq.key k
+            set turn = null
+            where k.queue = j.queue
+            and k.key = coalesce(j.key, '')
+            and k.turn = j.id;
+            if found then
+                perform notifyq.advance(q, array[coalesce(j.key, '')]);
+            end if;
         else
             insert into notifyq.ready (queue, priority, number, job, attempt)
             values (j.queue, notifyq.line_priority(rank, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), rank, q.ageing), j.id, ticket.attempt);
