@@ -198,7 +198,7 @@ end
 $$;
 
 -- Edits the job of a key that waits, or sends one, atomically: of two calls with a key that no job
--- has, one sends and the other edits. Raises as update_job() and send().
+-- has, one sends and the other edits. Raises as update_job() and send(), and NQ006 (isolation level).
 create or replace function notifyq.upsert(
     queue text,
     key text,
@@ -213,6 +213,10 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+    if current_setting('transaction_isolation') = 'repeatable read' then
+        raise exception 'upsert does not work in REPEATABLE READ transactions: another''s job would not be seen'
+        using errcode = 'NQ006', hint = 'Use READ COMMITTED, or SERIALIZABLE and try again when it fails.';
+    end if;
     if upsert.key is null then
         raise exception 'upsert needs a key' using errcode = 'NQ003', hint = 'It edits the job of this key that waits, or sends one.';
     end if;
