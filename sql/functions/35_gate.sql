@@ -401,7 +401,14 @@ begin
         turns := array(select distinct k.key from unnest(helping.keys) k (key));
     end loop;
 
-    turns := array(select distinct k.key from unnest(take_turns.keys || take_turns.rated_keys) k (key));
+    -- Not of a key that is full: its next one would only be blocked again, with a later place than those behind it.
+    turns := array(
+        select t.key
+        from (select distinct u.key from unnest(take_turns.keys || take_turns.rated_keys) u (key)) t
+        left join notifyq.key k on k.queue = q.number and k.key = t.key
+        where q.slots is null
+        or coalesce(k.held, 0) < q.slots
+    );
     if q.key_rate_limit is null then
         perform notifyq.advance(q, turns);
         return;
