@@ -254,6 +254,12 @@ begin
         return;
     end if;
     perform notifyq.lock_gate(q.number);
+    if q.policy <> was.policy then
+        -- Nothing waits or is active: what is left are failed heads, which another policy does not know, and
+        -- keys that a sender reserved while the policy was changed before.
+        delete from notifyq.key k where k.queue = q.number;
+        delete from notifyq.reserved r where r.queue = q.number and r.kind = 'p';
+    end if;
     if q.gated then
         update notifyq.active a
         set key = coalesce(j.key, '')
@@ -262,8 +268,16 @@ begin
         and j.id = a.job
         and a.key is null;
     end if;
-    -- Counted anew: what was active before there was a gate, or while another limit held, counts.
-    delete from notifyq.key k where k.queue = q.number and k.head is null;
+    -- Counted anew: what was active before there was a gate, or while another limit held, counts. Starts
+    -- that a rate has counted stay counted while its period is the same.
+    delete from notifyq.key k
+    where k.queue = q.number
+    and k.head is null
+    and (k.starts is null or q.key_rate_period is distinct from was.key_rate_period);
+    update notifyq.key k
+    set held = 0
+    where k.queue = q.number
+    and k.head is null;
     insert into notifyq.key (queue, key, held)
     select q.number, a.key, count(*)
     from notifyq.active a
@@ -274,14 +288,15 @@ begin
     on conflict on constraint key_pkey do update set held = excluded.held;
     insert into notifyq.gate (queue, held)
     select q.number, (select count(*) from notifyq.active a where a.queue = q.number)
-    where q.gated
-    on conflict (queue) do update set held = excluded.held, starts = null, counts = null, next_start_at = null;
-    -- What is blocked by a key is looked at again; the gate blocks anew what has to be.
+    on conflict (queue) do update set held = excluded.held, next_start_at = null,
+        starts = case when q.rate_period = was.rate_period then gate.starts end,
+        counts = case when q.rate_period = was.rate_period then gate.counts end;
+    -- What is blocked by a key is looked at again, as much of it as could start: all where keys have no
+    -- limit any more. The gate blocks anew what has to be.
     perform notifyq.advance(q, array(
-        select b.key
-        from notifyq.blocked b
-        where b.queue = q.number
-        and b.parents = 0
+        select k.key
+        from (select b.key, count(*) as number from notifyq.blocked b where b.queue = q.number and b.parents = 0 group by b.key) k
+        cross join lateral generate_series(1, least(k.number, q.slots, case when q.fair or q.key_rate_limit is not null then 1 end))
     ));
     perform notifyq.ring_look(q);
 end
@@ -298,7 +313,7 @@ as $$
 declare
     doomed notifyq.queue := notifyq.queue_named(delete_queue.name);
     users text;
-    deleted bigint;
+    deleted bigint := 0;
 begin
     select string_agg(q.name, ', ') into users
     from notifyq.queue q
@@ -307,7 +322,10 @@ begin
         raise exception 'queue % is the dead letter of: %', delete_queue.name, users
         using errcode = 'NQ003', hint = 'Give those queues another dead_letter first: notifyq.update_queue().';
     end if;
-    deleted := notifyq.delete_all(delete_queue.name);
+    -- The long part before the lock, but not with a gate: a claim that waits for it has read the queue's row.
+    if not doomed.gated then
+        deleted := notifyq.delete_all(delete_queue.name);
+    end if;
     lock table notifyq.queue in access exclusive mode;
     deleted := deleted + notifyq.delete_all(delete_queue.name);
     delete from notifyq.reserved r where r.queue = doomed.number;

@@ -240,6 +240,7 @@ declare
     standing bigint;
     period float8;
     slot bigint;
+    next_slot bigint;
     slot_key text;
 begin
     if num_nonnulls(send_one.priority, send_one.delay, send_one.due_at, send_one.retry_limit, send_one.retry_delay, send_one.retry_delay_max,
@@ -280,17 +281,31 @@ begin
     end if;
     if coalesce(standing = send_one.id, true) and num_nonnulls(send_one.throttle, send_one.debounce) > 0 then
         period := extract(epoch from coalesce(send_one.throttle, send_one.debounce));
-        slot := floor(extract(epoch from clock_timestamp()) / period);
         slot_key := period || ':' || coalesce(send_one.key, '');
-        standing := notifyq.reserve(q.number, (case when send_one.throttle is null then 'd' else 't' end)::"char", slot_key, slot, send_one.id, to_timestamp((slot + 1) * period));
-        if standing <> send_one.id and send_one.debounce is not null then
-            standing := notifyq.reserve(q.number, 'd', slot_key, slot + 1, send_one.id, to_timestamp((slot + 2) * period));
-            if standing = send_one.id then
-                due := to_timestamp((slot + 1) * period);
-            else
-                perform notifyq.edit(standing, coalesce(send_one.data, 'null'), null, null, null);
+        loop
+            slot := floor(extract(epoch from clock_timestamp()) / period);
+            standing := notifyq.reserve(q.number, (case when send_one.throttle is null then 'd' else 't' end)::"char", slot_key, slot, send_one.id, to_timestamp((slot + 1) * period));
+            exit when standing = send_one.id or send_one.debounce is null;
+            next_slot := slot + 1;
+            standing := notifyq.reserve(q.number, 'd', slot_key, next_slot, send_one.id, to_timestamp((next_slot + 1) * period));
+            if standing <> send_one.id then
+                exit when notifyq.edit(standing, coalesce(send_one.data, 'null'), null, null, null);
+                -- It does not wait any more: it was cancelled, or pulled to now, and this job takes its slot; or the
+                -- slot has begun meanwhile, and there is another next one.
+                update notifyq.reserved r
+                set job = send_one.id
+                where r.queue = q.number
+                and r.kind = 'd'
+                and r.key = slot_key
+                and r.slot = next_slot
+                and r.job = standing
+                and to_timestamp(next_slot * period) > clock_timestamp();
+                continue when not found;
+                standing := send_one.id;
             end if;
-        end if;
+            due := to_timestamp(next_slot * period);
+            exit;
+        end loop;
     end if;
     if standing <> send_one.id then
         delete from notifyq.id_key k where k.queue = q.number and k.key = send_one.id_key and k.job = send_one.id;
@@ -428,6 +443,13 @@ begin
         from sent s
         order by s.place;
         return;
+    end if;
+    if q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0 then
+        -- What this puts in blocked is let go by these rules: they stay until it is seen.
+        select o.* into q from notifyq.queue o where o.number = q.number for share;
+        if not found then
+            q := notifyq.queue_named(send_many.queue);
+        end if;
     end if;
     return query
     select * from notifyq.send_each(q, send_many.jobs);

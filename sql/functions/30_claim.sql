@@ -95,7 +95,7 @@ set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
-    moment constant timestamptz := clock_timestamp();
+    moment timestamptz := clock_timestamp();
     n int;
     claimed int;
     live boolean;
@@ -107,6 +107,7 @@ declare
     more_jobs bigint[];
     more_numbers bigint[];
     more_attempts int[];
+    late notifyq.active[];
 begin
     -- One expression where several would read better: each is paid for by every claim.
     if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)) is not true then
@@ -144,7 +145,8 @@ begin
     end if;
 
     if gated then
-        select a.jobs, a.numbers, a.attempts into jobs, numbers, attempts
+        -- The gate may have been waited for: what it takes for expired has to be just what is below.
+        select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
         from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
             coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767)) a;
     elsif claim.floors is null and claim.min_priority is null and claim.max_priority is null then
@@ -231,11 +233,15 @@ begin
         perform notifyq.free_waiting_keys(n, jobs);
     end if;
     if claimed < cardinality(jobs) then
-        perform notifyq.end_expired(array(
+        late := array(
             select notifyq.as_active(t.job, t.number, n, t.attempt)
             from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) t (job, number, attempt)
             where not exists (select from notifyq.active a where a.job = t.job)
-        ));
+        );
+        if gated then
+            perform notifyq.leave_line(array(select l.job from unnest(late) l));
+        end if;
+        perform notifyq.end_expired(late);
         -- Fewer than were asked for looks like there are no more: who claims is told to look again.
         if cardinality(jobs) >= claim.how_many then
             perform pg_notify(notifyq.channel(n), 'look');

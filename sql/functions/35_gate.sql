@@ -73,7 +73,8 @@ begin
 end
 $$;
 
--- Locks the gates of the queues that these jobs are in; call before their tickets are touched.
+-- Locks the gates of the queues that these jobs are in, or keep a key of though they have failed; call
+-- before their tickets are touched.
 create or replace function notifyq.lock_gates(jobs bigint[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -85,19 +86,33 @@ as $$
 begin
     perform notifyq.lock_gate(g.queue)
     from (
-        select distinct j.queue
+        select j.queue
         from notifyq.job j
         join notifyq.queue q on q.number = j.queue
         where j.id = any (lock_gates.jobs)
         and q.gated
-        order by j.queue
+        union
+        select k.queue
+        from notifyq.key k
+        where k.head = any (lock_gates.jobs)
+        order by queue
     ) g;
 end
 $$;
 
 -- Takes up to how_many tickets that may start, of priorities from low to high, out of ready, or blocked,
--- in order; claim() makes them active. Among them are expired ones, which hold no slot.
-create or replace function notifyq.admit(queue int, how_many int, low int, high int, out jobs bigint[], out numbers bigint[], out attempts int[])
+-- in order; claim() makes them active. Among them are those that have expired at this moment: they hold
+-- no slot, and claim() has them leave the line.
+create or replace function notifyq.admit(
+    queue int,
+    how_many int,
+    low int,
+    high int,
+    out jobs bigint[],
+    out numbers bigint[],
+    out attempts int[],
+    out moment timestamptz
+)
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -109,7 +124,6 @@ as $$
 #variable_conflict use_column
 declare
     most_looked_at constant int := 5000;
-    moment constant timestamptz := clock_timestamp();
     q notifyq.queue;
     g notifyq.gate;
     room int := admit.how_many;
@@ -117,11 +131,12 @@ declare
     window_size int;
     looked_at int := 0;
     started_keys text[] := '{}';
-    late_keys text[] := '{}';
     rated_keys text[] := '{}';
     started int;
 begin
     g := notifyq.lock_gate(admit.queue);
+    -- Not before: who has waited for the gate starts now. Starts are counted later than this, when the looking is done.
+    moment := clock_timestamp();
     select * into q from notifyq.queue o where o.number = admit.queue;
     room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
@@ -134,7 +149,6 @@ begin
         numbers := numbers || sifted.numbers;
         attempts := attempts || sifted.attempts;
         started_keys := started_keys || sifted.started_keys;
-        late_keys := late_keys || sifted.late_keys;
         rated_keys := rated_keys || sifted.rated_keys;
         room := room - cardinality(sifted.started_keys);
         exit when sifted.looked_at < window_size;
@@ -148,7 +162,6 @@ begin
         started_keys := started_keys || sifted.started_keys;
         room := room - cardinality(sifted.started_keys);
     end if;
-    perform notifyq.advance(q, late_keys);
     if looked_at >= most_looked_at then
         perform notifyq.ring_look(q);
     end if;
@@ -156,7 +169,7 @@ begin
     if q.active_limit is not null or q.rate_limit is not null then
         if q.rate_limit is not null and started > 0 then
             select r.starts, r.counts into g.starts, g.counts
-            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, moment) r;
+            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, clock_timestamp()) r;
         end if;
         g.next_start_at := case
             when q.rate_limit is not null and notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) <= 0
@@ -188,7 +201,6 @@ create or replace function notifyq.sift(
     out numbers bigint[],
     out attempts int[],
     out started_keys text[],
-    out late_keys text[],
     out rated_keys text[]
 )
 language plpgsql
@@ -287,7 +299,6 @@ begin
         array_agg(d.number order by d.place) filter (where d.verdict in ('start', 'late')) as numbers,
         array_agg(d.attempt order by d.place) filter (where d.verdict in ('start', 'late')) as attempts,
         array_agg(d.key) filter (where d.verdict = 'start') as started_keys,
-        array_agg(d.key) filter (where d.verdict = 'late') as late_keys,
         array_agg(distinct d.key) filter (where d.verdict = 'rate') as rated_keys
     into verdict
     from decided d
@@ -296,14 +307,13 @@ begin
     numbers := verdict.numbers;
     attempts := verdict.attempts;
     started_keys := coalesce(verdict.started_keys, '{}');
-    late_keys := coalesce(verdict.late_keys, '{}');
     rated_keys := coalesce(verdict.rated_keys, '{}');
-    perform notifyq.count_starts(q, started_keys, sift.moment);
+    perform notifyq.count_starts(q, started_keys);
 end
 $$;
 
 -- Counts starts of keys that have a rate; started_keys has one element a start.
-create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[], moment timestamptz) returns void
+create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -314,11 +324,11 @@ begin
     insert into notifyq.key (queue, key, starts, counts)
     select (count_starts.queue).number, s.key, r.starts, r.counts
     from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
-    cross join lateral notifyq.rate_add(null, null, s.number, (count_starts.queue).key_rate_period, count_starts.moment) r
+    cross join lateral notifyq.rate_add(null, null, s.number, (count_starts.queue).key_rate_period, clock_timestamp()) r
     on conflict on constraint key_pkey do update
     set (starts, counts) = (
         select r.starts, r.counts
-        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], (count_starts.queue).key_rate_period, count_starts.moment) r
+        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], (count_starts.queue).key_rate_period, clock_timestamp()) r
     );
 end
 $$;
@@ -382,30 +392,42 @@ begin
             delete from notifyq.blocked b
             where b.job = any (array(select p.job from picked p))
             returning b.*
+        ), judged as materialized (
+            select g.*, g.attempt = 0 and (j.expires_at <= take_turns.moment) is true as late
+            from gone g
+            join notifyq.job j on j.id = g.job
         ), held as (
             insert into notifyq.key (queue, key, held)
             select q.number, g.key, count(*)
-            from gone g
+            from judged g
             where q.slots is not null
+            and not g.late
             group by g.key
             order by g.key
             on conflict on constraint key_pkey do update set held = key.held + excluded.held
         )
         select coalesce(array_agg(g.job order by g.number), '{}') as jobs, array_agg(g.number order by g.number) as numbers,
-            array_agg(g.attempt order by g.number) as attempts, coalesce(array_agg(g.key), '{}') as keys
+            array_agg(g.attempt order by g.number) as attempts, coalesce(array_agg(g.key) filter (where not g.late), '{}') as keys
         into helping
-        from gone g;
+        from judged g;
         exit when cardinality(helping.jobs) = 0;
-        perform notifyq.count_starts(q, helping.keys, take_turns.moment);
+        perform notifyq.count_starts(q, helping.keys);
         jobs := jobs || helping.jobs;
         numbers := numbers || helping.numbers;
         attempts := attempts || helping.attempts;
         started_keys := started_keys || helping.keys;
-        room := room - cardinality(helping.jobs);
+        room := room - cardinality(helping.keys);
         turns := array(select distinct k.key from unnest(helping.keys) k (key));
     end loop;
 
-    turns := array(select distinct k.key from unnest(take_turns.keys || take_turns.rated_keys) k (key));
+    -- Not of a key that is full: its next one would only be blocked again, with a later place than those behind it.
+    turns := array(
+        select t.key
+        from (select distinct u.key from unnest(take_turns.keys || take_turns.rated_keys) u (key)) t
+        left join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k on true
+        where q.slots is null
+        or coalesce(k.held, 0) < q.slots
+    );
     if q.key_rate_limit is null then
         perform notifyq.advance(q, turns);
         return;
@@ -430,7 +452,12 @@ begin
             limit 1
             for update skip locked
         ) o
-        where not exists (select from notifyq.scheduled s where s.job = k.turn)
+        where not exists (
+            -- What waits longer than that, for another attempt, say, is not what the others wait for.
+            select from notifyq.scheduled s
+            where s.job = k.turn
+            and s.due_at <= notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment)
+        )
         and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
     ), turn as (
         insert into notifyq.key (queue, key, turn)
@@ -574,8 +601,9 @@ end
 $$;
 
 -- What a ticket leaves behind that goes from the line without having started: the next of its key
--- gets its place, and if it was the head of an ordered or stately key, the key is free.
-create or replace function notifyq.leave_line(jobs bigint[]) returns void
+-- gets its place, and if it was the head of an ordered or stately key, the key is free. One that was
+-- blocked had no place, and needs no gate: a flow's jobs may be cancelled from any other queue.
+create or replace function notifyq.leave_line(jobs bigint[], were_blocked boolean default false) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -594,11 +622,14 @@ begin
     loop
         perform notifyq.unreserve(q.number, coalesce(j.key, ''), j.id)
         from (select * from notifyq.job o where o.id = any (leave_line.jobs) and o.queue = q.number order by o.key) j;
+        continue when leave_line.were_blocked;
         perform notifyq.lock_gate(q.number);
         select array_agg(coalesce(j.key, '')) filter (where k.head is distinct from j.id), array_agg(coalesce(j.key, '')) filter (where k.head = j.id)
         into left_keys, freed
         from notifyq.job j
-        left join notifyq.key k on k.queue = q.number and k.key = coalesce(j.key, '')
+        left join lateral (
+            select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0
+        ) k on true
         where j.id = any (leave_line.jobs)
         and j.queue = q.number;
         perform notifyq.free_keys(q, coalesce(freed, '{}'));
@@ -620,7 +651,8 @@ begin
         from notifyq.key k
         join notifyq.queue q on q.number = k.queue
         where k.head = any (release_heads.jobs)
-        group by q.*
+        group by q.number, q.*
+        order by q.number
     loop
         perform notifyq.lock_gate((held.queue).number);
         perform notifyq.free_keys(held.queue, held.keys);

@@ -46,6 +46,7 @@ set enable_mergejoin = off
 as $$
 declare
     gone notifyq.active[];
+    blocked notifyq.active[];
     more notifyq.active[];
 begin
     with ticket as (
@@ -64,8 +65,7 @@ begin
         and (b.attempt = 0 or not leave_waiting.unstarted)
         returning b.*
     )
-    select array_agg(notifyq.as_active(t.job, t.number, t.queue, t.attempt)) into more from ticket t;
-    gone := gone || more;
+    select array_agg(notifyq.as_active(t.job, t.number, t.queue, t.attempt)) into blocked from ticket t;
 
     with ticket as (
         delete from notifyq.ready r
@@ -96,8 +96,11 @@ begin
     if gone is not null then
         perform notifyq.leave_line(array(select g.job from unnest(gone) g));
     end if;
+    if blocked is not null then
+        perform notifyq.leave_line(array(select b.job from unnest(blocked) b), were_blocked => true);
+    end if;
     return query
-    select * from unnest(gone);
+    select * from unnest(gone || blocked);
 end
 $$;
 
@@ -154,6 +157,7 @@ as $$
 declare
     unkept bigint[];
     in_flow bigint[];
+    lost bigint[];
     tally record;
 begin
     if finish.ended is null then
@@ -181,11 +185,16 @@ begin
         from judged k
         where k.kept
     )
-    select array_agg(j.id) filter (where not j.kept), array_agg(j.id) filter (where j.flow is not null)
-    into unkept, in_flow
+    select array_agg(j.id) filter (where not j.kept), array_agg(j.id) filter (where j.flow is not null),
+        array_agg(j.id) filter (where j.flow is not null and not j.kept)
+    into unkept, in_flow, lost
     from judged j;
     if in_flow is not null then
         perform notifyq.parents_ended(in_flow, finish.state);
+    end if;
+    if lost is not null then
+        -- It cannot be retried: what waits for that would wait for ever.
+        perform notifyq.parents_ended(lost, 'deleted');
     end if;
     perform notifyq.free(finish.ended, case finish.state when 'failed' then 'failed' else 'ended' end);
     if unkept is not null then

@@ -21,6 +21,8 @@ as $$
 declare
     children bigint[];
     doomed bigint[];
+    cancelled bigint[];
+    level bigint[] := parents_ended.jobs;
     ended notifyq.active[];
 begin
     select array_agg(distinct d.child) into children
@@ -30,7 +32,25 @@ begin
     if children is null then
         return;
     end if;
-    perform from notifyq.blocked b where b.job = any (children) order by b.job for update;
+    if parents_ended.how = 'completed' then
+        perform from notifyq.blocked b where b.job = any (children) order by b.job for update;
+    else
+        -- With all that may be cancelled down the line, so that there is one order.
+        perform from notifyq.blocked b
+        where b.job in (
+            with recursive down as (
+                select u.child from unnest(children) u (child)
+                union
+                select d.child
+                from down
+                join notifyq.blocked o on o.job = down.child and o.on_failure <> 'run'
+                join notifyq.dependency d on d.parent = o.job and d.state is null
+            )
+            select down.child from down
+        )
+        order by b.job
+        for update;
+    end if;
     if parents_ended.how <> 'completed' then
         select array_agg(b.job order by b.job) into doomed
         from notifyq.blocked b
@@ -71,13 +91,27 @@ begin
     join notifyq.queue q on q.number = g.queue
     where (g.due_at > clock_timestamp()) is not true
     order by g.job;
-    if doomed is not null then
+    -- Level by level and then all at once: a call within a call for each would overflow the stack.
+    while doomed is not null loop
         update notifyq.dependency d
-        set state = parents_ended.how
-        where d.parent = any (parents_ended.jobs)
+        set state = case when cancelled is null then parents_ended.how else 'cancelled' end
+        where d.parent = any (level)
         and d.child = any (doomed)
         and d.state is null;
-        select array_agg(w) into ended from notifyq.leave_waiting(doomed, '{blocked}') w;
+        cancelled := cancelled || doomed;
+        level := doomed;
+        select array_agg(distinct b.job) into doomed
+        from notifyq.dependency d
+        join notifyq.blocked b on b.job = d.child
+        join notifyq.job j on j.id = d.parent
+        join notifyq.queue q on q.number = j.queue
+        where d.parent = any (level)
+        and d.state is null
+        and b.parents > 0
+        and (b.on_failure = 'cancel' or b.on_failure = 'wait' and q.retention = '0');
+    end loop;
+    if cancelled is not null then
+        select array_agg(w) into ended from notifyq.leave_waiting(cancelled, '{blocked}') w;
         perform notifyq.finish(ended, 'cancelled');
     end if;
 end

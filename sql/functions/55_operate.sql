@@ -289,7 +289,7 @@ $$;
 -- of one source, those whose last error has this type, at most how_many. A job whose source no
 -- longer exists stays, and so does one whose key the source's policy has taken. preview: only says what would go, new_id null. What came back from a queue of
 -- dead letters of dead letters has its earlier provenance again.
--- Locks: tickets, stepping over those that others hold; then jobs.
+-- Locks: the dead letters' gate, tickets, stepping over those that others hold; then keys in their order, jobs.
 create or replace function notifyq.redrive(
     dead_letter text,
     source text default null,
@@ -304,6 +304,7 @@ as $$
 declare
     dead notifyq.queue := notifyq.queue_named(redrive.dead_letter);
     moved record;
+    heads text[];
 begin
     if redrive.how_many < 1 then
         raise exception 'how_many must be 1 or more, not %', redrive.how_many using errcode = 'NQ003';
@@ -318,6 +319,9 @@ begin
         order by c.job;
         return;
     end if;
+    if dead.gated then
+        perform notifyq.lock_gate(dead.number);
+    end if;
     with candidate as materialized (
         select r.ctid as place, r.job, c.source_name, nextval('notifyq.job_id_seq') as new_id
         from notifyq.redrivable(dead.number, redrive.source, redrive.error_type, redrive.how_many) c
@@ -326,11 +330,15 @@ begin
     ), chosen as materialized (
         -- One whose key the source's policy has taken stays, too.
         select c.*
-        from candidate c
+        from (
+            select c.*, j.provenance ->> 'key' as key
+            from candidate c
+            join notifyq.job j on j.id = c.job
+            order by c.source_name, j.provenance ->> 'key', c.new_id
+        ) c
         join notifyq.queue q on q.name = c.source_name
-        join notifyq.job j on j.id = c.job
         where case when q.policy in ('short', 'stately', 'exclusive')
-            then notifyq.reserve(q.number, 'p', coalesce(j.provenance ->> 'key', ''), 0, c.new_id) = c.new_id else true end
+            then notifyq.reserve(q.number, 'p', coalesce(c.key, ''), 0, c.new_id) = c.new_id else true end
     ), ticket as (
         delete from notifyq.ready r
         using chosen c
@@ -356,9 +364,16 @@ begin
         join notifyq.queue q on q.number = a.queue
         order by a.id
     )
-    select array_agg(c.job) as jobs, array_agg(c.source_name) as queues, array_agg(c.new_id) as new_ids
+    select array_agg(c.job) as jobs, array_agg(c.source_name) as queues, array_agg(c.new_id) as new_ids,
+        array(select coalesce(g.key, '') from gone g) as keys
     into moved
     from chosen c;
+    if dead.gated then
+        -- As what leaves the line otherwise, see leave_line().
+        heads := array(select k.key from notifyq.key k where k.queue = dead.number and k.head = any (moved.jobs));
+        perform notifyq.free_keys(dead, heads);
+        perform notifyq.advance(dead, moved.keys);
+    end if;
     perform notifyq.forget(moved.jobs);
     return query
     select * from unnest(moved.jobs, moved.queues, moved.new_ids) m (job)

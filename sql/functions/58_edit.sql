@@ -174,6 +174,15 @@ begin
         if due > clock_timestamp() then
             insert into notifyq.scheduled (job, queue, attempt, due_at)
             values (j.id, j.queue, ticket.attempt, due);
+            -- The others of its key do not wait for it any longer.
+            update notifyq.key k
+            set turn = null
+            where k.queue = j.queue
+            and k.key = coalesce(j.key, '')
+            and k.turn = j.id;
+            if found then
+                perform notifyq.advance(q, array[coalesce(j.key, '')]);
+            end if;
         else
             insert into notifyq.ready (queue, priority, number, job, attempt)
             values (j.queue, notifyq.line_priority(rank, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), rank, q.ageing), j.id, ticket.attempt);
@@ -189,7 +198,7 @@ end
 $$;
 
 -- Edits the job of a key that waits, or sends one, atomically: of two calls with a key that no job
--- has, one sends and the other edits. Raises as update_job() and send().
+-- has, one sends and the other edits. Raises as update_job() and send(), and NQ006 (isolation level).
 create or replace function notifyq.upsert(
     queue text,
     key text,
@@ -204,6 +213,10 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+    if current_setting('transaction_isolation') = 'repeatable read' then
+        raise exception 'upsert does not work in REPEATABLE READ transactions: another''s job would not be seen'
+        using errcode = 'NQ006', hint = 'Use READ COMMITTED, or SERIALIZABLE and try again when it fails.';
+    end if;
     if upsert.key is null then
         raise exception 'upsert needs a key' using errcode = 'NQ003', hint = 'It edits the job of this key that waits, or sends one.';
     end if;

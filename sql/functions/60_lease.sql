@@ -213,21 +213,21 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    dead uuid;
+    dead uuid[];
     late notifyq.active[];
 begin
-    for dead in
+    dead := array(
         select r.id
         from notifyq.runtime r
         where r.lease_until < clock_timestamp()
         and pg_postmaster_start_time() + r.lease < clock_timestamp()
         order by r.id
         for update skip locked
-    loop
-        return query
-        select * from notifyq.deregister(dead);
-    end loop;
-    perform notifyq.lock_gates(array(select a.job from notifyq.active a where a.deadline < clock_timestamp()));
+    );
+    -- All of them at once, since gates have an order.
+    perform notifyq.lock_gates(array(select a.job from notifyq.active a where a.runtime = any (dead) or a.deadline < clock_timestamp()));
+    return query
+    select r.* from unnest(dead) d (id) cross join lateral notifyq.deregister(d.id) r;
     with gone as (
         delete from notifyq.active a
         where a.job in (

@@ -37,13 +37,16 @@ begin
 end
 $$;
 
--- Deletes finished rows that no leaf takes with it, in one small batch; returns how many.
+-- Deletes finished rows that no leaf takes with it, in one small batch; returns how many. Also what is
+-- remembered of slots and rates that have passed.
 create or replace function notifyq.purge(how_many int default 1000) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     gone bigint[];
+    rested record;
+    forgotten int := 0;
 begin
     if not pg_try_advisory_xact_lock(notifyq.lock_class('purge'), 0) then
         return 0;
@@ -74,7 +77,35 @@ begin
     perform notifyq.parents_ended(gone, 'deleted');
     perform notifyq.forget(gone);
     delete from notifyq.reserved r where r.until < clock_timestamp() - interval '1 minute';
-    return coalesce(cardinality(gone), 0);
+    for rested in
+        select q.number as queue, array(
+            select k.key
+            from notifyq.key k
+            where k.queue = q.number
+            and k.held = 0
+            and k.head is null
+            and to_timestamp((k.starts[cardinality(k.starts)] + 101) * extract(epoch from q.key_rate_period)::float8 / 100) < clock_timestamp()
+            limit purge.how_many
+        ) as keys
+        from notifyq.queue q
+        where q.key_rate_limit is not null
+        order by q.number
+    loop
+        -- Not waited for: the gates of other queues may be locked by now.
+        continue when cardinality(rested.keys) = 0;
+        perform from notifyq.gate g where g.queue = rested.queue for update skip locked;
+        continue when not found;
+        delete from notifyq.key k
+        using notifyq.queue q
+        where k.queue = rested.queue
+        and q.number = rested.queue
+        and k.key = any (rested.keys)
+        and k.held = 0
+        and k.head is null
+        and to_timestamp((k.starts[cardinality(k.starts)] + 101) * extract(epoch from q.key_rate_period)::float8 / 100) < clock_timestamp();
+        forgotten := greatest(forgotten, cardinality(rested.keys));
+    end loop;
+    return greatest(cardinality(gone), forgotten);
 end
 $$;
 

@@ -243,3 +243,21 @@ async def test_a_flow_that_a_policy_refuses_is_not_sent(ask, flow):
     with pytest.raises(psycopg.Error, match="has its key"):
         await flow(a="", b={"key": "k", "after": ["a"]})
     assert await ask("select count(*) from notifyq.job") == [(1,)]
+
+
+async def test_a_long_chain_is_cancelled_to_its_end(ask, flow, states):
+    ids = await flow(j0="", **{f"j{n}": {"after": [f"j{n - 1}"]} for n in range(1, 500)})
+    await ask("select notifyq.cancel(%s)", ids["j0"])
+    assert set((await states(ids)).values()) == {"cancelled"}
+
+
+async def test_what_waits_for_a_failed_parent_that_is_not_kept_is_cancelled_down_the_line(ask, flow, states, end):
+    await ask("select notifyq.update_queue('q', '{\"retention\": 0}')")
+    ids = await flow(
+        a="",
+        b={"after": ["a"], "on_failure": "wait"},
+        c={"after": ["b"], "on_failure": "wait"},
+        d={"after": ["c"], "on_failure": "run"},
+    )
+    await end(ids["a"], FAIL)
+    assert await states(ids) == {"a": "gone", "b": "gone", "c": "gone", "d": "ready"}

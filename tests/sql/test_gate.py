@@ -516,3 +516,131 @@ async def test_redrive_leaves_what_an_exclusive_key_refuses(line, ask):
     [(_, queue, new)] = await ask("select * from notifyq.redrive('dead')")
     assert queue == "q"
     assert await q.try_send("k") == (new, False)
+
+
+LATE = "update notifyq.job set expires_at = now() - interval '1 s' where id = any(%s)"
+
+
+async def test_a_job_that_a_claim_finds_expired_gives_its_exclusive_key_back(line, ask):
+    q = await line(policy="exclusive")
+    first, _ = await q.try_send("k", expire_in="1 hour")
+    await ask(LATE, [first])
+    assert await q.claim() == []
+    assert (await q.try_send("k"))[1]
+
+
+async def test_a_head_that_a_claim_finds_expired_frees_its_key(line, ask):
+    q = await line(policy="stately")
+    head, _ = await q.try_send("k", expire_in="1 hour")
+    assert await q.claim() == [head]
+    await ask("select notifyq.snooze(array[%s::bigint], array[interval '0'])", head)
+    await ask(LATE, [head])
+    assert await q.claim() == []
+    assert await q.state(head) == "failed"
+    [after] = await q.send("k")
+    assert await q.claim() == [after]
+
+
+async def test_expired_jobs_that_help_out_in_a_fair_queue_hold_no_slot(line, ask):
+    q = await line(fair=True, key_limit=9, active_limit=9)
+    jobs = await q.send_many(*[{"key": "k"} for _ in range(6)])
+    assert await q.claim(1) == [jobs[0]]
+    assert await q.states(*jobs[1:]) == ["ready"] + ["blocked"] * 4
+    await ask(LATE, jobs[2:4])
+    assert await q.claim() == [jobs[1], *jobs[4:]]
+    assert await ask("select g.held, k.held from notifyq.gate g, notifyq.key k") == [(4, 4)]
+    await q.complete(*jobs[:2], *jobs[4:])
+    assert await ask("select g.held from notifyq.gate g") == [(0,)]
+    assert await ask("select 1 from notifyq.key") == []
+
+
+async def test_dead_letters_that_are_redriven_leave_their_places_to_the_next(line, ask):
+    await ask("select notifyq.create_queue('dead', '{\"policy\": \"singleton\"}')")
+    q = await line(dead_letter="dead", retry_limit=0)
+    await q.send(None, None, None)
+    for job in await q.claim():
+        await ask("select notifyq.fail(%s, 'x')", job)
+    [(running,)] = await ask("select id from notifyq.claim('dead', 9)")
+    await ask("select notifyq.complete(%s)", running)
+    assert len(await ask("select * from notifyq.redrive('dead')")) == 1
+    assert len(await ask("select id from notifyq.claim('dead', 9)")) == 1
+
+
+async def test_a_failed_head_does_not_outlive_the_ordered_policy(line, ask):
+    q = await line(policy="ordered", retry_limit=0)
+    [head] = await q.send("k")
+    assert await q.claim() == [head]
+    await ask("select notifyq.fail(%s, 'x')", head)
+    await ask("select notifyq.update_queue('q', '{\"policy\": \"singleton\"}')")
+    [after] = await q.send("k")
+    assert await q.claim() == [after]
+
+
+@pytest.mark.parametrize("rule", ["rate", "key_rate"])
+async def test_a_change_of_another_rule_does_not_make_a_rate_forget_its_starts(line, ask, rule):
+    q = await line(**{f"{rule}_limit": 2, f"{rule}_period": 60})
+    jobs = await q.send(*"kkkk")
+    assert await q.claim() == jobs[:2]
+    await ask("select notifyq.update_queue('q', '{\"active_limit\": 9}')")
+    assert await q.claim() == []
+
+
+async def test_a_rate_that_is_taken_away_leaves_no_moment_to_wait_for(line, ask):
+    q = await line(rate_limit=1, rate_period=60)
+    await q.send(None, None)
+    assert len(await q.claim()) == 1
+    await ask("select notifyq.update_queue('q', '{\"rate_limit\": null, \"rate_period\": null}')")
+    assert await ask("select notifyq.next_due(number) from notifyq.queue") == [(None,)]
+
+
+async def test_a_change_of_limits_looks_again_at_no_more_blocked_jobs_than_could_start(line, ask):
+    q = await line(key_limit=1)
+    await q.send_many(*[{"key": "k"} for _ in range(100)])
+    await q.claim()
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": 3}')")
+    assert await ask("select count(*) from notifyq.ready") == [(3,)]
+    assert len(await q.claim()) == 2
+
+
+async def test_taking_away_what_is_blocked_moves_nothing_else(line, ask):
+    q = await line(policy="singleton")
+    jobs = await q.send_many(*[{"key": "k"} for _ in range(9)])
+    assert await q.claim() == [jobs[0]]
+    await ask("select notifyq.cancel(%s::bigint[])", jobs[1:5])
+    assert await ask("select count(*) from notifyq.ready") == [(0,)]
+
+
+async def test_the_others_of_a_key_do_not_wait_for_one_that_is_put_off(line, ask):
+    q = await line(key_rate_limit=1, key_rate_period=60)
+    jobs = await q.send(*"kkk")
+    assert await q.claim() == [jobs[0]]
+    assert await q.states(*jobs[1:]) == ["scheduled", "blocked"]
+    await ask("select notifyq.update_job(%s, delay => '1 hour')", jobs[1])
+    assert await q.claim() == []
+    assert await q.states(*jobs[1:]) == ["scheduled", "scheduled"]
+    [(due,)] = await ask("select extract(epoch from due_at - now()) from notifyq.jobs where id = %s", jobs[2])
+    assert due < 62
+
+
+async def test_the_others_of_a_key_do_not_wait_for_the_next_attempt_of_one(line, ask):
+    q = await line(key_rate_limit=1, key_rate_period=60)
+    a, b = await q.send(*"kk")
+    assert await q.claim() == [a]
+    await ask("update notifyq.key set starts = array[starts[1] - 101]")
+    await ask("update notifyq.scheduled set due_at = now()")
+    assert await q.claim() == [b]
+    await ask("select notifyq.fail(%s, 'x', retry_in => '1 hour')", b)
+    [c] = await q.send("k")
+    assert await q.claim() == []
+    assert await q.state(c) == "scheduled"
+
+
+async def test_a_key_whose_rate_has_come_to_rest_is_forgotten(line, ask):
+    q = await line(key_rate_limit=2, key_rate_period=60)
+    jobs = await q.send(*"ab")
+    await q.complete(*await q.claim())
+    assert await ask("select notifyq.purge()") == [(0,)]
+    assert await ask("select count(*) from notifyq.key") == [(len(jobs),)]
+    await ask("update notifyq.key set starts = array[starts[1] - 101] where key = 'a'")
+    assert await ask("select notifyq.purge()") == [(1,)]
+    assert await ask("select key from notifyq.key") == [("b",)]

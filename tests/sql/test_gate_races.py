@@ -1,0 +1,1060 @@
+"""Sessions that meet at one key, limit, rate, flow or edit: what each finds, whichever way the first one ends.
+
+After each meeting the books are in order, and all that is left can be run to its end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import trio
+
+from notifyq._opening import open_connection
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from notifyq._connection import TrioConnection
+
+CLAIM = "select id from notifyq.claim('q', 10)"
+SEND = "select id, created from notifyq.try_send('q', key => 'k')"
+CLOCK = "select extract(epoch from clock_timestamp())::float8"
+
+either_end = pytest.mark.parametrize("commit", [True, False], ids=["committed", "undone"])
+whatever_isolation = pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
+
+
+async def rows(connection: TrioConnection, statement: str, *parameters: object) -> list:
+    cursor = await connection.execute(statement.encode(), parameters or None)
+    while cursor.nextset():
+        pass
+    return await cursor.fetchall() if cursor.description else []
+
+
+async def until_waiting(watcher: TrioConnection, waiter: TrioConnection) -> None:
+    """Return once a session waits for a lock."""
+    waits = "select 1 from pg_stat_activity where pid = %s and wait_event_type = 'Lock'"
+    with trio.fail_after(5):
+        while not await rows(watcher, waits, waiter.info.backend_pid):
+            await trio.sleep(0.005)
+
+
+class Call:
+    """A statement that a session runs while others go on."""
+
+    def __init__(self, session: TrioConnection, statement: str) -> None:
+        self.session = session
+        self.statement = statement
+        self.through = trio.Event()
+        self._answer: list = []
+        self._failure: psycopg.Error | None = None
+
+    async def run(self) -> None:
+        try:
+            self._answer = await rows(self.session, self.statement)
+        except psycopg.Error as error:
+            self._failure = error
+        self.through.set()
+
+    async def answer(self) -> list:
+        with trio.fail_after(10):
+            await self.through.wait()
+        if self._failure:
+            raise self._failure
+        return self._answer
+
+
+@pytest.fixture
+def ask(connection: TrioConnection):
+    async def ask(statement: str, *parameters: object) -> list:
+        return await rows(connection, statement, *parameters)
+
+    return ask
+
+
+@pytest.fixture
+async def third(dsn: str) -> AsyncIterator[TrioConnection]:
+    third = await open_connection(dsn)
+    yield third
+    await third.close()
+
+
+@pytest.fixture
+def race(connection: TrioConnection, other: TrioConnection, nursery):
+    async def race(first: str, second: str, *, commit: bool, waits: bool = True) -> tuple[list, list]:
+        """Run the first in a transaction; once the second waits for it (or is through), end it. Give both answers."""
+        async with connection.transaction(force_rollback=not commit):
+            mine = await rows(connection, first)
+            call = Call(other, second)
+            nursery.start_soon(call.run)
+            if waits:
+                await until_waiting(connection, other)
+            else:
+                with trio.fail_after(5):
+                    await call.through.wait()
+        return mine, await call.answer()
+
+    return race
+
+
+@pytest.fixture
+def queue(ask):
+    async def queue(name: str = "q", **options: Any) -> None:
+        await ask("select notifyq.create_queue(%s, %s)", name, json.dumps({"retry_delay": 0, **options}))
+
+    return queue
+
+
+@pytest.fixture
+def send(ask):
+    async def send(*keys: str | None, queue: str = "q") -> list[int]:
+        return [(await ask("select notifyq.send(%s, key => %s)", queue, key))[0][0] for key in keys]
+
+    return send
+
+
+@pytest.fixture
+def claim(ask):
+    async def claim(how_many: int = 10, queue: str = "q") -> list[int]:
+        return [id for (id,) in await ask("select id from notifyq.claim(%s, %s)", queue, how_many)]
+
+    return claim
+
+
+@pytest.fixture
+def states(ask):
+    async def states(*jobs: int) -> list[str]:
+        found = dict(await ask("select id, state from notifyq.jobs"))
+        return [found.get(job, "gone") for job in jobs]
+
+    return states
+
+
+TICKETS = " union all ".join(
+    f"select job from notifyq.{table}" for table in ("ready", "scheduled", "blocked", "active")
+)
+
+# A key with blocked tickets whose slots those active and those in ready do not make up, or whose turn nobody has.
+IDLE_KEYS = """
+    select b.queue, b.key
+    from (select queue, key, count(*) as number from notifyq.blocked where parents = 0 group by queue, key) b
+    join notifyq.queue q on q.number = b.queue
+    left join notifyq.key k on k.queue = b.queue and k.key = b.key
+    cross join lateral (
+        select count(*) as number
+        from notifyq.ready r join notifyq.job j on j.id = r.job
+        where r.queue = b.queue and coalesce(j.key, '') = b.key
+    ) r
+    where k.head is null
+    and coalesce(k.held, 0) + r.number < coalesce(q.slots, 1)
+    and not exists (select from notifyq.scheduled s where s.job = k.turn)
+    and (q.slots is not null or r.number = 0)
+"""
+MISCOUNTED_KEYS = """
+    select q.name, a.key, a.number, k.held, k.head
+    from (select queue, key, count(*) as number from notifyq.active group by queue, key) a
+    full join notifyq.key k on k.queue = a.queue and k.key = a.key
+    join notifyq.queue q on q.number = coalesce(a.queue, k.queue)
+    where q.slots is not null
+    and case when q.policy in ('stately', 'ordered')
+        then (coalesce(k.held, 0) = 1) <> (k.head is not null) or coalesce(a.number, 0) > coalesce(k.held, 0)
+        else coalesce(a.number, 0) <> coalesce(k.held, 0) end
+"""
+MISCOUNTED_GATES = """
+    select q.name, g.held
+    from notifyq.gate g join notifyq.queue q on q.number = g.queue
+    where q.active_limit is not null
+    and g.held <> (select count(*) from notifyq.active a where a.queue = q.number)
+"""
+MISCOUNTED_PARENTS = """
+    select b.job from notifyq.blocked b where b.parents <>
+        (select count(*) from notifyq.dependency d where d.child = b.job and d.state is null)
+"""
+LEAKED_RESERVATIONS = """
+    select r.* from notifyq.reserved r where r.kind = 'p' and not exists (select from notifyq.job j where j.id = r.job)
+"""
+UNRESERVED = """
+    select j.id from notifyq.job j join notifyq.queue q on q.number = j.queue
+    where q.policy = 'exclusive' and j.provenance is null
+    and not exists (select from notifyq.reserved r where r.job = j.id)
+"""
+
+
+@pytest.fixture
+def books(ask):
+    async def books() -> None:
+        """Every live job has one ticket; keys, gates, parents and reservations are counted right; no key is idle."""
+        assert await ask(f"{TICKETS} order by job") == await ask("select id from notifyq.job order by id")
+        for wrong in (
+            IDLE_KEYS,
+            MISCOUNTED_KEYS,
+            MISCOUNTED_GATES,
+            MISCOUNTED_PARENTS,
+            LEAKED_RESERVATIONS,
+            UNRESERVED,
+        ):
+            assert await ask(wrong) == [], wrong
+
+    return books
+
+
+@pytest.fixture
+def well(ask, books):
+    async def well() -> list[int]:
+        """The books are in order, and claims and completions bring everything to its end; give that order."""
+        await books()
+        await ask("select notifyq.delete_all(name, 'failed') from notifyq.queue where policy = 'ordered'")
+        active = [job for (job,) in await ask("select job from notifyq.active order by job")]
+        await ask("select notifyq.complete(%s::bigint[])", active)
+        await ask("update notifyq.scheduled set due_at = now()")
+        order: list[int] = []
+        with trio.fail_after(10):
+            while await ask("select 1 from notifyq.job"):
+                for (name,) in await ask("select name from notifyq.queue order by name"):
+                    jobs = [job for (job,) in await ask("select id from notifyq.claim(%s, 3)", name)]
+                    await books()
+                    await ask("select notifyq.complete(%s::bigint[])", sorted(jobs))
+                    order += jobs
+        assert await ask(TICKETS) == []
+        assert await ask("select 1 from notifyq.reserved where kind = 'p'") == []
+        assert await ask("select 1 from notifyq.key where held > 0 or head is not null") == []
+        return order
+
+    return well
+
+
+def complete(*jobs: int) -> str:
+    return f"select notifyq.complete('{{{','.join(map(str, jobs))}}}'::bigint[])"
+
+
+# senders of one key
+
+
+@either_end
+@whatever_isolation
+@pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+async def test_of_two_senders_of_a_key_the_second_makes_a_job_only_if_the_first_is_undone(
+    ask, other, race, queue, well, policy, isolation, commit
+):
+    await queue(policy=policy)
+    await rows(other, f"set default_transaction_isolation = '{isolation}'")
+    if commit and isolation != "read committed":
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            await race(SEND, SEND, commit=True)
+        assert [created for _, created in await rows(other, SEND)] == [False]
+    else:
+        [(first, _)], [(second, created)] = await race(SEND, SEND, commit=commit)
+        assert (second == first, created) == (commit, not commit)
+    assert len(await ask("select 1 from notifyq.job")) == 1
+    await well()
+
+
+@either_end
+@whatever_isolation
+@pytest.mark.parametrize("policy", ["short", "stately"])
+async def test_a_sender_waits_for_the_claim_that_frees_its_key(
+    race, other, queue, send, well, policy, isolation, commit
+):
+    await queue(policy=policy)
+    [job] = await send("k")
+    await rows(other, f"set default_transaction_isolation = '{isolation}'")
+    claimed, [(sent, created)] = await race(CLAIM, SEND, commit=commit)
+    assert claimed == [(job,)]
+    assert (sent != job, created) == (commit, commit)
+    await well()
+
+
+@either_end
+@whatever_isolation
+@pytest.mark.parametrize("ending", [complete(1), "select notifyq.cancel(1)", "select notifyq.delete(1)"])
+async def test_a_sender_waits_for_the_end_that_frees_an_exclusive_key(
+    race, other, queue, send, claim, well, ending, isolation, commit
+):
+    await queue(policy="exclusive")
+    assert (await send("k"), await claim()) == ([1], [1])
+    await rows(other, f"set default_transaction_isolation = '{isolation}'")
+    _, [(sent, created)] = await race(ending, SEND, commit=commit)
+    assert (sent != 1, created) == (commit, commit)
+    await well()
+
+
+@either_end
+async def test_a_claim_does_not_wait_for_a_sender_and_the_sent_job_comes_later(race, queue, send, claim, well, commit):
+    await queue(policy="short")
+    [a] = await send("a")
+    [(job, _)], claimed = await race(SEND, CLAIM, commit=commit, waits=False)
+    assert claimed == [(a,)]
+    assert await claim() == ([job] if commit else [])
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("way", ["retry", "send"])
+async def test_a_retry_and_a_send_of_an_exclusive_key_do_not_both_have_it(
+    ask, race, queue, send, claim, states, well, way, commit
+):
+    await queue(policy="exclusive", retry_limit=0)
+    [job] = await send("k")
+    await claim()
+    await ask("select notifyq.fail(%s, 'x')", job)
+    retry = f"select notifyq.retry({job})"
+    if way == "retry":
+        mine, [(sent, created)] = await race(retry, SEND, commit=commit)
+        assert mine == [(True,)]
+        assert (sent == job, created) == (commit, not commit)
+    else:
+        [(sent, _)], theirs = await race(SEND, retry, commit=commit)
+        assert theirs == [(not commit,)]
+    assert await states(job) == ["failed" if (way == "retry") != commit else "ready"]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("way", ["redrive", "send"])
+async def test_a_redrive_and_a_send_of_an_exclusive_key_do_not_both_have_it(
+    ask, race, queue, send, claim, well, way, commit
+):
+    await queue("dead")
+    await queue(policy="exclusive", retry_limit=0, dead_letter="dead")
+    [job] = await send("k")
+    await claim()
+    await ask("select notifyq.fail(%s, 'x')", job)
+    redrive = "select new_id from notifyq.redrive('dead')"
+    if way == "redrive":
+        [(again,)], [(sent, created)] = await race(redrive, SEND, commit=commit)
+        assert (sent == again, created) == (commit, not commit)
+    else:
+        [(sent, _)], theirs = await race(SEND, redrive, commit=commit)
+        assert len(theirs) == (not commit)
+    assert await ask(
+        "select count(*) from notifyq.job j join notifyq.queue q on q.number = j.queue and q.name = 'q'"
+    ) == [(1,)]
+    await well()
+
+
+async def test_two_redrives_and_a_bulk_send_take_keys_in_one_order(
+    ask, connection, other, third, nursery, queue, send, claim, well
+):
+    await queue("dead")
+    await queue(policy="exclusive", retry_limit=0, dead_letter="dead")
+    for job in await send("z", "a"):
+        await claim()
+        await ask("select notifyq.fail(%s, 'x')", job)
+    async with connection.transaction():
+        await ask("select notifyq.send('q', key => 'm')")
+        bulk = Call(other, 'select id from notifyq.send_many(\'q\', \'[{"key": "a"}, {"key": "m"}, {"key": "z"}]\')')
+        nursery.start_soon(bulk.run)
+        await until_waiting(connection, other)
+        redrive = Call(third, "select new_id from notifyq.redrive('dead')")
+        nursery.start_soon(redrive.run)
+        await until_waiting(connection, third)
+    assert len(await bulk.answer()) == 3
+    assert await redrive.answer() == []
+    await well()
+
+
+# ends and claims of one key
+
+
+@either_end
+async def test_two_completions_that_free_the_same_key_let_two_jobs_go_on(race, queue, send, claim, well, commit):
+    await queue(key_limit=2)
+    a, b, c, d, _ = await send(*"kkkkk")
+    assert await claim() == [a, b]
+    await race(complete(a), complete(b), commit=commit)
+    assert await claim() == ([c, d] if commit else [c])
+    await well()
+
+
+ENDS = {
+    "complete": "select notifyq.complete({})",
+    "fail": "select notifyq.fail({}, 'x', final => true)",
+    "cancel": "select notifyq.cancel({})",
+    "delete": "select notifyq.delete({})",
+    "discard": "select notifyq.discard(array[{}])",
+    "snooze": "select notifyq.snooze(array[{}::bigint], array[interval '1 hour'])",
+    "rescue": "update notifyq.active set deadline = now() where job = {}; select * from notifyq.rescue()",
+}
+one_slot = pytest.mark.parametrize("rule", [{"policy": "singleton"}, {"key_limit": 1}, {"fair": True, "key_limit": 1}])
+
+
+@either_end
+@one_slot
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_a_claim_waits_for_the_end_that_frees_the_key(race, queue, send, claim, well, rule, end, commit):
+    await queue(retry_limit=1, **rule)
+    a, b, _ = await send(*"kkk")
+    assert await claim() == [a]
+    assert await claim() == []
+    _, claimed = await race(end.format(a), CLAIM, commit=commit)
+    expected = a if end == ENDS["rescue"] else b
+    assert claimed == ([(expected,)] if commit else [])
+    await well()
+
+
+@either_end
+@one_slot
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_an_end_waits_for_the_claim_that_blocks_the_next_of_its_key(
+    race, queue, send, claim, states, well, rule, end, commit
+):
+    await queue(retry_limit=1, **rule)
+    [a] = await send("k")
+    assert await claim() == [a]
+    b, other = await send("k", "other")
+    claimed, _ = await race(CLAIM, end.format(a), commit=commit)
+    assert claimed == [(other,)]
+    assert await states(b) == ["ready"]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("taker", ["cancel", "delete"])
+async def test_the_next_of_a_key_is_taken_away_while_the_end_would_let_it_go_on(
+    race, queue, send, claim, well, taker, commit
+):
+    await queue(policy="singleton")
+    a, b, c = await send(*"kkk")
+    assert await claim() == [a]
+    assert await claim() == []
+    await race(f"select notifyq.{taker}({b})", complete(a), commit=commit)
+    assert await claim() == ([c] if commit else [b])
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("taker", ["cancel", "delete"])
+async def test_the_next_of_a_key_is_taken_away_when_an_end_has_just_let_it_go_on(
+    race, queue, send, claim, well, taker, commit
+):
+    await queue(policy="singleton")
+    a, b, c = await send(*"kkk")
+    assert await claim() == [a]
+    assert await claim() == []
+    await race(complete(a), f"select notifyq.{taker}({b})", commit=commit)
+    assert await claim() == ([c] if commit else [])
+    await well()
+
+
+# expiry
+
+
+@either_end
+@pytest.mark.parametrize("rule", [{"policy": "singleton"}, {"policy": "exclusive"}, {"policy": "stately"}])
+async def test_a_job_that_is_being_claimed_does_not_expire(ask, race, queue, send, states, well, rule, commit):
+    await queue(**rule)
+    [job] = await send("k")
+    expire = "update notifyq.job set expires_at = now(); select notifyq.expire()"
+    assert await race(CLAIM, expire, commit=commit) == ([(job,)], [(0 if commit else 1,)])
+    assert await states(job) == ["active" if commit else "failed"]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("rule", [{"policy": "singleton"}, {"policy": "exclusive"}, {"policy": "stately"}])
+async def test_a_claim_waits_for_the_expiry_and_takes_the_next(ask, race, queue, send, states, well, rule, commit):
+    await queue(**rule)
+    [job] = await send("k")
+    [other] = await send("other")
+    expire = f"update notifyq.job set expires_at = now() where id = {job}; select notifyq.expire()"
+    mine, theirs = await race(expire, CLAIM, commit=commit)
+    assert (mine, theirs) == ([(1,)], [(other,)] if commit else [(job,), (other,)])
+    await well()
+
+
+async def test_a_job_that_expires_while_its_claim_waits_for_the_gate_holds_no_slot_or_is_claimed(
+    ask, connection, other, nursery, queue, send, claim, states, books, well
+):
+    await queue(policy="singleton")
+    job, late = await send("k", "other")
+    await ask("select notifyq.send('q', key => 'due', delay => '1 hour')")
+    await ask("update notifyq.scheduled set due_at = now()")
+    async with connection.transaction():
+        await ask("select notifyq.update_job(%s, data => '1')", job)
+        call = Call(other, CLAIM)
+        nursery.start_soon(call.run)
+        await until_waiting(connection, other)
+        await ask("update notifyq.job set expires_at = clock_timestamp() where id = %s", late)
+    assert await call.answer() == [(job,), (late + 1,)]
+    assert await states(late) == ["failed"]
+    await well()
+
+
+# ordered keys
+
+
+@pytest.fixture
+async def failed_head(ask, queue, send, claim):
+    await queue(policy="ordered", retry_limit=0, retention=None)
+    a, b = await send("k", "k")
+    assert await claim() == [a]
+    await ask("select notifyq.fail(%s, 'x')", a)
+    assert await claim() == []
+    await ask("select notifyq.update_queue('q', '{\"retention\": 3600}')")
+    await ask("update notifyq.archive set finished_at = now() - interval '2 hours'")
+    return a, b
+
+
+GOING = ["select notifyq.delete({})", "select notifyq.purge()", "select notifyq.retry({})"]
+
+
+@either_end
+@pytest.mark.parametrize("going", GOING)
+async def test_a_claim_finds_what_becomes_of_a_failed_head(race, claim, failed_head, well, going, commit):
+    a, b = failed_head
+    _, claimed = await race(going.format(a), CLAIM, commit=commit, waits="retry" not in going)
+    next_one = a if "retry" in going else b
+    assert claimed == ([(next_one,)] if commit and "retry" not in going else [])
+    assert await claim() == ([next_one] if commit and not claimed else [])
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("going", GOING)
+async def test_a_failed_head_goes_while_a_claim_looks_at_its_key(race, send, claim, failed_head, well, going, commit):
+    a, b = failed_head
+    [other] = await send("other")
+    claimed, _ = await race(CLAIM, going.format(a), commit=commit, waits="retry" not in going)
+    assert claimed == [(other,)]
+    assert sorted(await claim()) == sorted([a if "retry" in going else b] + [other] * (not commit))
+    await well()
+
+
+@either_end
+async def test_a_sender_does_not_wait_for_the_failed_head_that_goes(race, claim, failed_head, well, commit):
+    a, b = failed_head
+    _, [(c, created)] = await race(f"select notifyq.delete({a})", SEND, commit=commit, waits=False)
+    assert created
+    assert await claim() == ([b] if commit else [])
+    assert await well() == [*([] if commit else [b]), c]
+
+
+@either_end
+@pytest.mark.parametrize("edit", ["data => '1'", "priority => 1", "delay => '0'"])
+async def test_what_is_behind_a_ticket_that_is_edited_waits_for_it(race, queue, send, claim, well, edit, commit):
+    await queue(policy="ordered")
+    a, b = await send("k", "k")
+    _, claimed = await race(f"select notifyq.update_job({a}, {edit})", CLAIM, commit=commit)
+    assert claimed == [(a,)]
+    assert await well() == [b]
+
+
+# limits and rates
+
+
+async def four_sessions(dsn: str, work: Any) -> None:
+    sessions = [await open_connection(dsn) for _ in range(4)]
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for session in sessions:
+                nursery.start_soon(work, session)
+    for session in sessions:
+        await session.close()
+
+
+@pytest.mark.parametrize("rule", [{"active_limit": 3}, {"key_limit": 3}, {"fair": True, "key_limit": 3}])
+async def test_four_sessions_never_hold_more_than_the_limit(ask, dsn, queue, send, well, rule):
+    await queue(**rule)
+    jobs = await send(*["k"] * 120)
+    done: list[int] = []
+
+    async def work(session: TrioConnection) -> None:
+        while len(done) < len(jobs):
+            claimed = sorted(id for (id,) in await rows(session, "select id from notifyq.claim('q', 2)"))
+            assert (await rows(session, "select count(*) from notifyq.active"))[0][0] <= 3
+            await rows(session, complete(*claimed))
+            done.extend(claimed)
+
+    await four_sessions(dsn, work)
+    assert sorted(done) == jobs
+    await well()
+
+
+@pytest.mark.parametrize(
+    "rule", [{"rate_limit": 4, "rate_period": 0.3}, {"key_rate_limit": 4, "key_rate_period": 0.3}], ids=["queue", "key"]
+)
+async def test_four_sessions_start_no_more_than_a_rate_allows_in_any_period(ask, dsn, queue, send, well, rule):
+    await queue("warm", **rule)
+    await ask("select notifyq.send('warm') from generate_series(1, 4)")
+    await queue(**rule)
+    jobs = await send(*["k"] * 24)
+    done: list[int] = []
+
+    async def work(session: TrioConnection) -> None:
+        await rows(session, "select id from notifyq.claim('warm', 3)")  # its first claim has everything to plan
+        while len(done) < len(jobs):
+            claimed = sorted(id for (id,) in await rows(session, "select id from notifyq.claim('q', 3)"))
+            await rows(session, complete(*claimed))
+            done.extend(claimed)
+
+    await four_sessions(dsn, work)
+    assert sorted(done) == jobs
+    starts = [
+        at for (at,) in await ask("select extract(epoch from claimed_at)::float8 from notifyq.archive order by 1")
+    ]
+    # Counted when a claim has looked, claimed when it has written: a moment later, and not always as much.
+    shortest = min(late - early for early, late in zip(starts, itertools.islice(starts, 4, None), strict=False))
+    assert shortest > 0.28
+    await well()
+
+
+@pytest.mark.parametrize("rule", ["rate", "key_rate"])
+async def test_a_start_that_waited_for_the_gate_counts_from_when_it_was_let_through(
+    ask, connection, other, nursery, queue, send, rule
+):
+    await queue(**{f"{rule}_limit": 100, f"{rule}_period": 1})
+    await send("k", "k")
+    async with connection.transaction():
+        await ask("select id from notifyq.claim('q', 1)")
+        call = Call(other, "select id from notifyq.claim('q', 1)")
+        nursery.start_soon(call.run)
+        await until_waiting(connection, other)
+        await ask("select pg_sleep(0.05)")  # five of the hundredths in which starts are counted
+        [(now,)] = await ask(CLOCK)
+    assert len(await call.answer()) == 1
+    [(slot,)] = await ask(f"select starts[cardinality(starts)] from notifyq.{'gate' if rule == 'rate' else 'key'}")
+    assert slot >= int(now * 100)
+
+
+@either_end
+@pytest.mark.parametrize("wider", [{"key_limit": 2}, {"key_limit": None}, {"key_limit": 2, "fair": True}])
+async def test_a_claim_waits_for_a_change_of_limits_and_heeds_it(ask, race, queue, send, claim, well, wider, commit):
+    await queue(key_limit=1)
+    a, b, c = await send(*"kkk")
+    assert await claim() == [a]
+    assert await claim() == []
+    update = f"select notifyq.update_queue('q', '{json.dumps(wider)}')"
+    _, claimed = await race(update, CLAIM, commit=commit)
+    assert claimed == ([] if not commit else [(b,)] if wider["key_limit"] else [(b,), (c,)])
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("change", [{"key_limit": 2}, {"key_limit": None}, {"active_limit": 1}, {"fair": True}])
+async def test_a_change_of_limits_waits_for_a_claim_and_counts_it(ask, race, queue, send, claim, well, change, commit):
+    await queue(key_limit=1)
+    a, _, _ = await send(*"kkk")
+    claimed, _ = await race(CLAIM, f"select notifyq.update_queue('q', '{json.dumps(change)}')", commit=commit)
+    assert claimed == [(a,)]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("change", [{"key_limit": 1}, {"key_limit": None}, {"active_limit": 1}, {"fair": True}])
+async def test_a_completion_waits_for_a_change_of_limits(ask, race, queue, send, claim, well, change, commit):
+    await queue(key_limit=2)
+    a, b, _, _ = await send(*"kkkk")
+    assert await claim() == [a, b]
+    await race(f"select notifyq.update_queue('q', '{json.dumps(change)}')", complete(a), commit=commit)
+    await well()
+
+
+@either_end
+async def test_a_completion_waits_while_its_queue_gets_its_first_limit(race, queue, send, claim, well, commit):
+    await queue()
+    a, b = await send("k", "k")
+    assert await claim() == [a, b]
+    await race(
+        "select notifyq.update_queue('q', '{\"key_limit\": 1, \"active_limit\": 1}')", complete(a), commit=commit
+    )
+    await well()
+
+
+@either_end
+async def test_the_first_limit_waits_for_a_completion(race, queue, send, claim, well, commit):
+    await queue()
+    a, b = await send("k", "k")
+    assert await claim() == [a, b]
+    await race(
+        complete(a), "select notifyq.update_queue('q', '{\"key_limit\": 1, \"active_limit\": 1}')", commit=commit
+    )
+    await well()
+
+
+MANY = 'select id from notifyq.send_many(\'q\', \'[{"key": "k"}, {"key": "k"}, {"key": "k"}]\')'
+RULES_OFF = "select notifyq.update_queue('q', '{\"fair\": false, \"key_limit\": null}')"
+
+
+@either_end
+@pytest.mark.parametrize("rule", [{"fair": True}, {"key_limit": 1}, {"fair": True, "active_limit": 9}])
+async def test_what_a_bulk_send_has_blocked_is_let_go_when_its_rule_is_taken_away(
+    race, queue, states, well, rule, commit
+):
+    await queue(**rule)
+    sent, _ = await race(MANY, RULES_OFF, commit=commit)
+    assert await states(*(id for (id,) in sent)) == ["ready" if commit else "gone"] * 3
+    await well()
+
+
+@either_end
+@whatever_isolation
+async def test_a_bulk_send_waits_for_the_rule_that_is_taken_away(race, other, queue, states, well, isolation, commit):
+    await queue(fair=True)
+    await rows(other, f"set default_transaction_isolation = '{isolation}'")
+    if commit and isolation != "read committed":
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            await race(RULES_OFF, MANY, commit=True)
+        return
+    _, sent = await race(RULES_OFF, MANY, commit=commit)
+    assert await states(*(id for (id,) in sent)) == ["ready"] + ["ready" if commit else "blocked"] * 2
+    await well()
+
+
+async def test_a_key_that_a_sender_has_reserved_while_the_policy_changed_is_free_when_it_is_back(
+    ask, race, queue, claim
+):
+    await queue(policy="exclusive")
+    to = "select notifyq.update_queue('q', '{{\"policy\": \"{}\"}}')".format
+    [(job, _)], _ = await race(SEND, to("standard"), commit=True, waits=False)
+    assert await claim() == [job]
+    await ask(complete(job))
+    await ask(to("exclusive"))
+    assert [created for _, created in await ask(SEND)] == [True]
+
+
+async def test_a_queue_is_deleted_while_claims_of_it_wait(ask, connection, other, third, nursery, queue, send):
+    await queue(policy="singleton")
+    await ask("alter function notifyq.delete_queue(text) set lock_timeout = '10s'")
+    await send(*"kkk")
+    async with connection.transaction():
+        await ask(CLAIM)
+        delete = Call(other, "select notifyq.delete_queue('q')")
+        nursery.start_soon(delete.run)
+        await until_waiting(connection, other)
+        claim = Call(third, CLAIM)
+        nursery.start_soon(claim.run)
+        await until_waiting(connection, third)
+    assert await delete.answer() == [(3,)]
+    with pytest.raises(psycopg.DatabaseError, match="no queue named 'q'"):
+        await claim.answer()
+    for table in ("queue", "job", "ready", "blocked", "active", "key", "gate"):
+        assert await ask(f"select 1 from notifyq.{table}") == [], table
+
+
+async def test_what_takes_several_gates_takes_them_in_one_order(
+    ask, connection, other, third, nursery, queue, send, claim, well
+):
+    await queue("q1", policy="singleton")
+    await queue("q2", policy="singleton")
+    runtimes = ["00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"]
+    for runtime, name in zip(runtimes, ("q2", "q1"), strict=True):
+        await ask("select notifyq.register(%s, %s)", runtime, [name])
+        await send("k", "k", queue=name)
+        assert len(await ask("select id from notifyq.claim(%s, 1, %s)", name, runtime)) == 1
+    await ask("update notifyq.runtime set lease = '1 ms', lease_until = clock_timestamp() - interval '1 second'")
+    waiting = [job for (job,) in await ask("select job from notifyq.blocked order by job")]
+    async with connection.transaction():
+        await ask("select id from notifyq.claim('q2', 1)")
+        rescue = Call(other, "select state from notifyq.rescue()")
+        nursery.start_soon(rescue.run)
+        await until_waiting(connection, other)
+        cancel = Call(third, f"select notifyq.cancel('{{{','.join(map(str, waiting))}}}'::bigint[])")
+        nursery.start_soon(cancel.run)
+        await until_waiting(connection, third)
+    assert await rescue.answer() == [("ready",), ("ready",)]
+    assert [sorted(ids) for (ids,) in await cancel.answer()] == [waiting]
+    await well()
+
+
+# flows
+
+
+@pytest.fixture
+def flow(ask):
+    async def flow(**jobs: dict[str, Any]) -> list[int]:
+        entries = [{"name": name, "queue": "q", **entry} for name, entry in jobs.items()]
+        return [id for _, id in await ask("select name, id from notifyq.send_flow(%s)", json.dumps(entries))]
+
+    return flow
+
+
+after_both = {"after": ["a", "b"]}
+rules_of_flows = pytest.mark.parametrize("rule", [{}, {"policy": "singleton"}, {"active_limit": 9}])
+
+
+@either_end
+@rules_of_flows
+async def test_of_two_parents_that_finish_together_the_last_one_frees_the_child(
+    ask, race, queue, claim, flow, states, well, rule, commit
+):
+    await queue(**rule)
+    a, b, c = await flow(a={"key": "a"}, b={"key": "b"}, c={"key": "c", **after_both})
+    assert await claim() == [a, b]
+    await race(complete(a), complete(b), commit=commit)
+    assert (
+        await states(a, b, c) == ["completed", "completed", "ready"] if commit else ["active", "completed", "blocked"]
+    )
+    await well()
+
+
+@either_end
+@rules_of_flows
+@pytest.mark.parametrize("on_failure", ["cancel", "run", "wait"])
+@pytest.mark.parametrize("way", [1, -1], ids=["completes first", "fails first"])
+async def test_one_parent_completes_while_the_other_fails(
+    ask, race, queue, claim, flow, states, well, rule, on_failure, way, commit
+):
+    await queue(retry_limit=0, **rule)
+    a, b, c = await flow(a={"key": "a"}, b={"key": "b"}, c={"key": "c", "on_failure": on_failure, **after_both})
+    assert await claim() == [a, b]
+    await race(*[complete(a), ENDS["fail"].format(b)][::way], commit=commit)
+    both = {"cancel": "cancelled", "run": "ready", "wait": "blocked"}[on_failure]
+    undone = "cancelled" if on_failure == "cancel" and way == 1 else "blocked"
+    assert await states(c) == [both if commit else undone]
+    await ask("select notifyq.complete(array(select job from notifyq.active))")
+    await ask("select notifyq.retry(%s)", b)
+    await well()
+
+
+async def test_a_failed_parent_does_not_wait_for_the_gate_of_a_child_that_it_cancels(
+    ask, race, queue, claim, flow, states, well
+):
+    await queue(policy="singleton")
+    await queue("elsewhere", retry_limit=0)
+    a, b, c, d = await flow(a={}, b={"queue": "elsewhere"}, c=after_both, d={"after": ["c"]})
+    assert await claim(queue="elsewhere") == [b]
+    claimed, _ = await race(CLAIM, ENDS["fail"].format(b), commit=True, waits=False)
+    assert claimed == [(a,)]
+    assert await states(a, b, c, d) == ["active", "failed", "cancelled", "cancelled"]
+    await well()
+
+
+async def test_two_failing_parents_cancel_one_tree_from_two_sides(
+    ask, connection, other, third, nursery, queue, claim, flow, states, well
+):
+    await queue(retry_limit=0)
+    p, r, x, y, z = await flow(p={}, r={}, x={"after": ["p"]}, y={"after": ["r", "x"]}, z={"after": ["p", "y"]})
+    assert await claim() == [p, r]
+    async with connection.transaction():
+        await ask("select from notifyq.blocked where job = %s for update", y)
+        calls = [Call(other, ENDS["fail"].format(p)), Call(third, ENDS["fail"].format(r))]
+        for call in calls:
+            nursery.start_soon(call.run)
+            await until_waiting(connection, call.session)
+    assert [await call.answer() for call in calls] == [[("failed",)], [("failed",)]]
+    assert await states(x, y, z) == ["cancelled"] * 3
+    await well()
+
+
+@either_end
+@rules_of_flows
+@pytest.mark.parametrize("taker", ["cancel", "delete"])
+async def test_a_child_is_taken_away_while_its_parent_finishes(
+    ask, race, queue, claim, flow, states, well, rule, taker, commit
+):
+    await queue(**rule)
+    a, b = await flow(a={}, b={"after": ["a"]})
+    assert await claim() == [a]
+    _, theirs = await race(complete(a), f"select notifyq.{taker}({b})", commit=commit)
+    assert theirs == [(True,)]
+    assert await states(b) == ["cancelled" if taker == "cancel" else "gone"]
+    await well()
+
+
+@either_end
+@rules_of_flows
+@pytest.mark.parametrize("taker", ["cancel", "delete"])
+async def test_a_parent_finishes_while_its_child_is_taken_away(
+    ask, race, queue, claim, flow, states, well, rule, taker, commit
+):
+    await queue(**rule)
+    a, b = await flow(a={}, b={"after": ["a"]})
+    assert await claim() == [a]
+    await race(f"select notifyq.{taker}({b})", complete(a), commit=commit)
+    assert await states(a, b) == ["completed", ("cancelled" if taker == "cancel" else "gone") if commit else "ready"]
+    await well()
+
+
+def flow_after(parent: int, on_failure: str = "cancel") -> str:
+    entry = {"name": "late", "queue": "q", "after": [parent], "on_failure": on_failure, "key": "late"}
+    return f"select id from notifyq.send_flow('{json.dumps([entry])}')"
+
+
+@either_end
+@rules_of_flows
+async def test_a_flow_comes_after_a_parent_that_is_finishing(ask, race, queue, send, claim, states, well, rule, commit):
+    await queue(**rule)
+    [a] = await send("k")
+    assert await claim() == [a]
+    _, [(late,)] = await race(complete(a), flow_after(a), commit=commit)
+    assert await states(late) == ["ready" if commit else "blocked"]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("on_failure", ["cancel", "run", "wait"])
+async def test_a_flow_comes_after_a_parent_that_is_failing(
+    ask, race, queue, send, claim, states, well, on_failure, commit
+):
+    await queue(retry_limit=0)
+    [a] = await send("k")
+    assert await claim() == [a]
+    fail = ENDS["fail"].format(a)
+    if commit and on_failure == "cancel":
+        with pytest.raises(psycopg.Error, match="has failed already"):
+            await race(fail, flow_after(a), commit=True)
+        return
+    _, [(late,)] = await race(fail, flow_after(a, on_failure), commit=commit)
+    assert await states(late) == ["ready" if commit and on_failure == "run" else "blocked"]
+    await ask("select notifyq.retry(%s)", a)
+    await well()
+
+
+@either_end
+@rules_of_flows
+async def test_a_parent_finishes_while_a_flow_is_sent_after_it(
+    ask, race, queue, send, claim, states, well, rule, commit
+):
+    await queue(**rule)
+    [a] = await send("k")
+    assert await claim() == [a]
+    [(late,)], _ = await race(flow_after(a), complete(a), commit=commit)
+    assert await states(a, late) == ["completed", "ready" if commit else "gone"]
+    await well()
+
+
+async def test_a_flow_after_a_parent_that_is_forgotten_as_it_finishes_is_refused(ask, race, queue, send, claim):
+    await queue(retention=0)
+    [a] = await send("k")
+    assert await claim() == [a]
+    with pytest.raises(psycopg.Error, match="there is no job 1 to come after"):
+        await race(complete(a), flow_after(a), commit=True)
+
+
+# edits
+
+
+plain_or_gated = pytest.mark.parametrize("rule", [{}, {"policy": "singleton"}], ids=["plain", "gated"])
+UPSERT = "select id, created from notifyq.upsert('q', 'k', '\"new\"')"
+
+
+@either_end
+@plain_or_gated
+async def test_of_two_upserts_one_sends_and_the_other_edits(ask, race, queue, well, rule, commit):
+    await queue(**rule)
+    [(first, created)], [(second, again)] = await race(UPSERT, UPSERT.replace("new", "newer"), commit=commit)
+    assert created
+    assert (second == first, again) == (commit, not commit)
+    assert await ask("select id, data from notifyq.job") == [(second, "newer")]
+    await well()
+
+
+async def test_an_upsert_that_could_not_see_another_is_refused(other, queue):
+    await queue()
+    await rows(other, "set default_transaction_isolation = 'repeatable read'")
+    with pytest.raises(psycopg.Error, match="upsert does not work in REPEATABLE READ"):
+        await rows(other, UPSERT)
+
+
+@either_end
+@plain_or_gated
+async def test_an_upsert_waits_for_the_claim_of_the_job_and_then_sends(race, queue, send, well, rule, commit):
+    await queue(**rule)
+    [job] = await send("k")
+    claimed, [(sent, created)] = await race(CLAIM, UPSERT, commit=commit)
+    assert claimed == [(job,)]
+    assert (sent == job, created) == (not commit, commit)
+    await well()
+
+
+@either_end
+@plain_or_gated
+async def test_a_job_that_is_being_upserted_is_claimed_with_its_new_data(ask, race, queue, send, rule, commit, well):
+    await queue(**rule)
+    [job] = await send("k")
+    claim = "select id, data from notifyq.claim('q', 10)"
+    edited, claimed = await race(UPSERT, claim, commit=commit, waits=bool(rule))
+    assert edited == [(job, False)]
+    claimed = claimed or await ask(claim)
+    assert claimed == [(job, "new" if commit else None)]
+    await well()
+
+
+@either_end
+@plain_or_gated
+@pytest.mark.parametrize("edit", ["data => '\"new\"'", "priority => 3", "delay => '1 hour'", "delay => '0'"])
+async def test_an_edit_waits_for_a_claim_and_does_not_touch_the_active_job(
+    ask, race, queue, send, states, well, rule, edit, commit
+):
+    await queue(**rule)
+    [job] = await send("k")
+    claimed, [(edited,)] = await race(CLAIM, f"select notifyq.update_job({job}, {edit})", commit=commit)
+    assert claimed == [(job,)]
+    assert edited == (None if commit else job)
+    assert await states(job) == ["active" if commit else "scheduled" if "hour" in edit else "ready"]
+    await well()
+
+
+@either_end
+async def test_a_blocked_job_is_put_off_while_the_end_would_let_it_go_on(
+    race, queue, send, claim, states, well, commit
+):
+    await queue(policy="singleton")
+    a, b, c = await send(*"kkk")
+    assert await claim() == [a]
+    assert await claim() == []
+    await race(complete(a), f"select notifyq.update_job({b}, delay => '1 hour')", commit=commit)
+    assert await states(b) == ["scheduled"]
+    assert await claim() == ([c] if commit else [])
+    await well()
+
+
+# slots
+
+
+@either_end
+@whatever_isolation
+async def test_two_sends_in_one_slot_of_a_throttle_make_one_job(ask, race, other, queue, isolation, well, commit):
+    await queue()
+    await rows(other, f"set default_transaction_isolation = '{isolation}'")
+    throttled = SEND.replace("'k'", "'k', throttle => '1 year'")
+    if commit and isolation != "read committed":
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            await race(throttled, throttled, commit=True)
+    else:
+        [(first, _)], [(second, created)] = await race(throttled, throttled, commit=commit)
+        assert (second == first, created) == (commit, not commit)
+    assert len(await ask("select 1 from notifyq.job")) == 1
+    await well()
+
+
+def debounced(data: int) -> str:
+    return SEND.replace("'k'", f"'k', debounce => '1 year', data => '{data}'")
+
+
+@either_end
+@plain_or_gated
+async def test_two_debounced_sends_make_one_job_now_and_one_for_the_next_slot(ask, race, queue, well, rule, commit):
+    await queue(**rule)
+    [(first, _)], [(second, created)] = await race(debounced(1), debounced(2), commit=commit)
+    assert created
+    expected = [(first, "ready", 1), (second, "scheduled", 2)] if commit else [(second, "ready", 2)]
+    assert await ask("select id, state, data from notifyq.jobs order by id") == expected
+    await well()
+
+
+@either_end
+@plain_or_gated
+async def test_the_last_of_two_debounced_sends_for_the_next_slot_gives_its_data(ask, race, queue, well, rule, commit):
+    await queue(**rule)
+    await ask(debounced(1))
+    [(first, _)], [(second, created)] = await race(debounced(2), debounced(3), commit=commit)
+    assert (second == first, created) == (commit, not commit)
+    assert await ask("select id, data from notifyq.jobs where state = 'scheduled'") == [(second, 3)]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("going", ["cancel({})", "delete({})"])
+async def test_a_debounced_send_takes_the_slot_of_a_job_that_is_being_taken_away(ask, race, queue, well, going, commit):
+    await queue()
+    await ask(debounced(1))
+    [(job, _)] = await ask(debounced(2))
+    _, [(sent, created)] = await race(f"select notifyq.{going.format(job)}", debounced(3), commit=commit)
+    assert (sent != job, created) == (commit, commit)
+    assert await ask("select id, data from notifyq.jobs where state = 'scheduled'") == [(sent, 3)]
+    await well()
