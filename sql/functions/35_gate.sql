@@ -550,6 +550,7 @@ begin
         select o.*
         from notifyq.queue o
         where o.number in (select t.queue from unnest(free.tickets) t where t.key is not null)
+        and o.gated -- one that no longer is has nothing to free, and lock_gates() has passed it by
         order by o.number
     loop
         ended := array(select t from unnest(free.tickets) t where t.queue = q.number and t.key is not null);

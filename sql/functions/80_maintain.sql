@@ -28,6 +28,8 @@ begin
         limit expire.how_many
     );
     perform notifyq.lock_gates(late);
+    -- While the gates were waited for, one may have ended and been taken back, with no time to start by.
+    late := array(select j.id from notifyq.job j where j.id = any (late) and j.expires_at <= moment);
     select array_agg(w) into ended from notifyq.leave_waiting(late, unstarted => true) w;
     if ended is null then
         return 0;

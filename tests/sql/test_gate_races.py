@@ -484,6 +484,20 @@ async def test_a_job_that_expires_while_its_claim_waits_for_the_gate_holds_no_sl
     await well()
 
 
+@either_end
+async def test_a_job_that_has_failed_and_is_retried_meanwhile_does_not_expire(
+    ask, race, queue, send, states, well, commit
+):
+    await queue(policy="singleton")
+    [job] = await send("k")
+    await ask("update notifyq.job set expires_at = now()")
+    again = f"{CLAIM}; select notifyq.retry({job})"
+    mine, theirs = await race(again, "select notifyq.expire()", commit=commit)
+    assert (mine, theirs) == ([(True,)], [(0 if commit else 1,)])
+    assert await states(job) == ["ready" if commit else "failed"]
+    await well()
+
+
 # ordered keys
 
 
@@ -672,6 +686,16 @@ async def test_the_first_limit_waits_for_a_completion(race, queue, send, claim, 
     await race(
         complete(a), "select notifyq.update_queue('q', '{\"key_limit\": 1, \"active_limit\": 1}')", commit=commit
     )
+    await well()
+
+
+async def test_an_end_in_a_queue_without_rules_any_more_waits_for_no_gate(ask, race, queue, send, claim, well):
+    await queue(key_limit=1)
+    [job] = await send("k")
+    assert await claim() == [job]
+    await ask("select notifyq.update_queue('q', '{\"key_limit\": null}')")
+    gate = "select queue from notifyq.gate for update"
+    await race(gate, complete(job), commit=True, waits=False)
     await well()
 
 
