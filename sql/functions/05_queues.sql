@@ -238,6 +238,41 @@ exception when check_violation or not_null_violation then
 end
 $$;
 
+-- Gives the tickets of a queue new numbers, in the order in which they stand: ageing makes numbers of another kind.
+create or replace function notifyq.line_up(queue notifyq.queue) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    q constant notifyq.queue := line_up.queue;
+begin
+    perform notifyq.lock_gate(q.number);
+    -- What is active first: handed back, it comes before what has not been claimed.
+    update notifyq.active a
+    set number = n.number
+    from (
+        select o.job, notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing) as number
+        from (select * from notifyq.active t where t.queue = q.number order by t.number) o
+        join notifyq.job j on j.id = o.job
+    ) n
+    where a.job = n.job;
+    with gone as (
+        delete from notifyq.ready r where r.queue = q.number returning r.*
+    )
+    insert into notifyq.ready (queue, priority, number, job, attempt)
+    select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt
+    from (select * from gone order by priority desc, number) g
+    join notifyq.job j on j.id = g.job;
+    update notifyq.blocked b
+    set number = n.number
+    from (
+        select o.job, notifyq.line_number(nextval('notifyq.job_id_seq'), o.priority, q.ageing) as number
+        from (select * from notifyq.blocked t where t.queue = q.number order by t.priority desc, t.number) o
+    ) n
+    where b.job = n.job;
+end
+$$;
+
 -- Lets standing jobs feel rules that have just changed: what is active counts, and what the new
 -- rules let start goes on. Locks: the queue's gate.
 create or replace function notifyq.apply_rules(standing notifyq.queue) returns void
@@ -248,6 +283,9 @@ declare
     q constant notifyq.queue := notifyq.queue_named((apply_rules.standing).name);
     was constant notifyq.queue := apply_rules.standing;
 begin
+    if q.ageing is distinct from was.ageing then
+        perform notifyq.line_up(q);
+    end if;
     if (q.policy, q.slots, q.active_limit, q.rate_limit, q.rate_period, q.key_rate_limit, q.key_rate_period, q.fair)
         is not distinct from (was.policy, was.slots, was.active_limit, was.rate_limit, was.rate_period, was.key_rate_limit, was.key_rate_period, was.fair)
     then

@@ -145,7 +145,8 @@ begin
     end if;
 
     if gated then
-        -- The gate may have been waited for: what it takes for expired has to be just what is below.
+        -- The gate may have been waited for: what it takes for expired has to be just what is below, and its
+        -- moment is the start that rates count by.
         select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
         from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
             coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767)) a;
@@ -220,7 +221,7 @@ begin
         where (j.expires_at <= moment and t.attempt = 0) is not true
     ), active as (
         insert into notifyq.active (job, queue, attempt, number, runtime, key, claimed_at, deadline)
-        select c.id, n, c.attempt, c.number, claim.runtime, case when gated then coalesce(c.key, '') end, clock_timestamp(),
+        select c.id, n, c.attempt, c.number, claim.runtime, case when gated then coalesce(c.key, '') end, case when gated then moment else clock_timestamp() end,
             clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
         from claimed c
     )

@@ -386,6 +386,20 @@ async def test_ageing_lets_a_low_priority_overtake_in_time(line, ask):
     assert await q.claim() == [old, new]
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, None), (None, 1), (1, 60)])
+async def test_a_line_keeps_its_order_when_ageing_is_set_or_unset(line, before, after):
+    q = await line(ageing=before, key_limit=2)
+    a = await q.send("a", "a", "a", "a")
+    assert await q.claim(2) == a[:2]
+    assert await q.claim() == []
+    await q.ask("select notifyq.update_queue('q', %s)", json.dumps({"ageing": after}))
+    [b] = await q.send("b")
+    await q.ask("select notifyq.release(%s::bigint[])", a[:2])
+    assert await q.claim() == [*a[:2], b]
+    await q.complete(*a[:2])
+    assert await q.claim() == a[2:]
+
+
 async def test_a_throttle_makes_one_job_a_slot_and_names_it(line, ask):
     q = await line()
     first, created = await q.try_send("k", throttle="1 year")

@@ -610,10 +610,8 @@ async def test_four_sessions_start_no_more_than_a_rate_allows_in_any_period(ask,
     starts = [
         at for (at,) in await ask("select extract(epoch from claimed_at)::float8 from notifyq.archive order by 1")
     ]
-    # Counted when a claim has looked, claimed when it has written, which on a busy machine is up to tens of
-    # milliseconds later and not always as much: the rate is exact by the former alone.
     shortest = min(late - early for early, late in zip(starts, itertools.islice(starts, 4, None), strict=False))
-    assert shortest > 0.2
+    assert shortest >= 0.3
     await well()
 
 
