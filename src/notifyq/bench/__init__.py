@@ -14,4 +14,8 @@ medians of its runs, and the ``runs`` themselves:
 | ``latency.p50_ms``, ``p95_ms``, ``p99_ms``, ``max_ms`` | from the call of send to the worker's first line, one at a time |
 | ``latency.limit_p50_ms`` | the same by hand in plain psycopg: insert, trigger, notify, delete |
 | ``latency.p50_over_limit`` | one over the other, of the same run |
+| ``keys.singleton_N_jobs_per_second``, ``key_limit_5_N_…`` | jobs of N keys while other keys hold back 100,000 |
+| ``keys.freed_p50_ms``, ``plain_p50_ms`` | end of a job to the start of the next of its key; plain pickup |
+| ``keys.freed_over_plain`` | one over the other |
+| ``flows.sent_jobs_per_second``, ``run_jobs_per_second`` | 10,000 jobs between one before and one after them |
 """
