@@ -213,7 +213,6 @@ class Listener:
                 await connection.wait_input()
         if patience.cancelled_caught:
             raise ConnectionLost("LISTEN was accepted but notifications do not arrive: is this a transaction pooler?")
-        await self._store.keepalive(connection)
         # Waiters and channels may come while we are at it.
         while self._interests.keys() - self._interests_held or self._channels.keys() - self._listening:
             await self._hear_all(connection)

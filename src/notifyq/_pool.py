@@ -17,7 +17,7 @@ import trio
 from ._connection import TrioConnection
 from ._errors import ClientClosed, ConnectionLost
 from ._lock import QuickLock
-from ._opening import ISOLATION, parameters, run_abandonable
+from ._opening import SESSION, parameters, run_abandonable
 
 __all__ = ["Pool", "PoolStatistics"]
 
@@ -46,16 +46,11 @@ PREPARE_AFTER = 2
 
 
 def _prepare(connection: psycopg.Connection[Any]) -> None:
-    connection.execute(ISOLATION)
+    connection.execute(SESSION)
     # A pooler in between gives its own process number, and may give each transaction to another server process,
     # which knows nothing of what was prepared.
-    # Also lets the server notice within about 15 s that this side is gone: a ghost's transaction holds locks.
-    answer = connection.execute(
-        "select pg_backend_pid(), set_config('tcp_keepalives_idle', '5', false),"
-        " set_config('tcp_keepalives_interval', '3', false), set_config('tcp_keepalives_count', '3', false)"
-    ).fetchone()
-    own = answer is not None and answer[0] == connection.info.backend_pid
-    connection.prepare_threshold = PREPARE_AFTER if own else None
+    answer = connection.execute("select pg_backend_pid()").fetchone()
+    connection.prepare_threshold = PREPARE_AFTER if answer == (connection.info.backend_pid,) else None
 
 
 class Pool:

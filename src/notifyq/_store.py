@@ -300,14 +300,6 @@ class Store(Claims, Serving):
     async def notify(self, connection: TrioConnection, channel: str, payload: str) -> None:
         await self._calls.value(connection, "select pg_notify($1, $2)", channel, payload)
 
-    async def keepalive(self, connection: TrioConnection) -> None:
-        """Let the server notice within about 15 s that this side is gone, so that no ghost keeps its locks."""
-        await self._calls.row(
-            connection,
-            "select set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '3', false),"
-            " set_config('tcp_keepalives_count', '3', false)",
-        )
-
     async def hold_interest(self, connection: TrioConnection, queue: int) -> bool:
         return bool(await self._calls.value(connection, "select {s}.hold_interest($1)", queue))
 

@@ -272,16 +272,16 @@ async def test_what_was_missed_while_the_listener_was_down_is_found_when_it_is_u
 
 async def test_a_queue_that_comes_while_the_listener_is_coming_up_is_heard(start, nq, connection, monkeypatch, rosters):
     seen = await start(pattern("tenant.*"), lease=HOUR)
-    keepalive = Store.keepalive
+    notify = Store.notify
 
-    async def meanwhile(self: Store, on: Connection) -> None:
-        """The last statement of a connect."""
+    async def meanwhile(self: Store, on: Connection, channel: str, payload: str) -> None:
+        """What a connect proves itself with, after it has begun to listen."""
         await nq.create_queue(Queue("tenant.a"))
         rosters[0].look()
         await until_async(lambda: rosters[0].workers)
-        await keepalive(self, on)
+        await notify(self, on, channel, payload)
 
-    monkeypatch.setattr(Store, "keepalive", meanwhile)
+    monkeypatch.setattr(Store, "notify", meanwhile)
     terminate = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'notifyq listener'"
     await connection.execute(terminate.encode())
     await seen.wait(ListenerUp, 2)
