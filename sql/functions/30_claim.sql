@@ -68,8 +68,8 @@ $$;
 -- priorities say it.
 --
 -- Locks: the runtime's row (key share), the gate, then tickets in order. Tickets locked by others are
--- stepped over. The job is read in a later statement than the one that locks its ticket, so
--- that an edit committed in between is seen.
+-- stepped over. An edit writes the ticket anew: a query that sees the ticket sees the job as it was
+-- edited, and one that began before finds a ticket that has gone.
 create or replace function notifyq.claim(
     queue text,
     how_many int default 1,
@@ -113,6 +113,58 @@ begin
     if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)) is not true then
         perform notifyq.refuse_claim(claim.how_many, claim.lease);
     end if;
+    -- The usual case in one query: with several, a claim on an idle system takes a third longer. Nothing is due
+    -- or late, no rule holds, and all that is ready may be claimed. What this does not claim is left to what follows.
+    if claim.floors is null and num_nonnulls(claim.min_priority, claim.max_priority) = 0 then
+        return query
+        with line as (
+            select q.number
+            from notifyq.queue q
+            where q.name = claim.queue
+            and not q.paused
+            and not q.gated
+            and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
+            and not exists (select from notifyq.job j where j.expires_at <= moment)
+            and (
+                claim.runtime is null
+                or exists (
+                    select from notifyq.runtime r
+                    where r.id = claim.runtime
+                    and r.lease_until > clock_timestamp()
+                    and not r.stopping
+                    for key share
+                )
+            )
+        ), gone as (
+            delete from notifyq.ready r
+            where r.ctid = any (array(
+                select t.ctid
+                from notifyq.ready t
+                where t.queue = (select l.number from line l)
+                order by t.priority desc, t.number
+                limit claim.how_many
+                for update skip locked
+            ))
+            returning r.job, r.queue, r.number, r.attempt, r.priority
+        ), claimed as materialized (
+            select j.id, g.queue, g.attempt + 1 as attempt, g.number, j.priority, j.retry_limit, j.timeout,
+                j.sent_at, j.data, j.headers, j.provenance, j.key, g.priority as place
+            from gone g
+            join notifyq.job j on j.id = g.job
+        ), active as (
+            insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
+            select c.id, c.queue, c.attempt, c.number, claim.runtime, clock_timestamp(),
+                clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
+            from claimed c
+        )
+        select c.id, c.attempt, c.number, c.priority, c.retry_limit, extract(epoch from c.timeout)::float8,
+            c.sent_at, c.data, c.headers, c.provenance, c.key
+        from claimed c
+        order by c.place desc, c.number;
+        if found then
+            return;
+        end if;
+    end if;
     select
         q.number,
         claim.runtime is null or exists (
@@ -150,22 +202,6 @@ begin
         select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
         from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
             coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767)) a;
-    elsif claim.floors is null and claim.min_priority is null and claim.max_priority is null then
-        with gone as (
-            delete from notifyq.ready r
-            where r.ctid = any (array(
-                select t.ctid
-                from notifyq.ready t
-                where t.queue = n
-                order by t.priority desc, t.number
-                limit claim.how_many
-                for update skip locked
-            ))
-            returning r.job, r.number, r.attempt, r.priority
-        )
-        select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
-        into jobs, numbers, attempts
-        from (select * from gone order by priority desc, number) g;
     elsif claim.floors is null then
         with gone as (
             delete from notifyq.ready r

@@ -1,5 +1,6 @@
--- Edits of jobs that wait: update_job, upsert. A ticket is locked before the job's row is changed, and
--- claim() reads the row after it has taken the ticket: an edit is seen, or finds no ticket.
+-- Edits of jobs that wait: update_job, upsert. A ticket is locked before the job's row is changed, and a
+-- ready one is written anew: a claim that sees it sees the edited job, whatever moment it reads as of, and
+-- the bell tells of it those whose claim found the old one gone.
 
 -- Locks the ticket of a job that waits; returns where it stands, or null if it does not wait (any longer).
 create or replace function notifyq.lock_waiting(job bigint) returns text
@@ -154,8 +155,7 @@ begin
         set priority = rank, due_at = coalesce(due, b.due_at)
         where b.job = edit.job;
     end if;
-    -- Written anew, so that the bell tells of it.
-    if stands = 'ready' and (due > clock_timestamp() or edit.priority is not null) then
+    if stands = 'ready' then
         ticket := notifyq.take_ready(j);
         if due > clock_timestamp() then
             insert into notifyq.scheduled (job, queue, attempt, due_at)
@@ -165,7 +165,7 @@ begin
             end if;
         else
             insert into notifyq.ready (queue, priority, number, job, attempt)
-            values (j.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null then ticket.number
+            values (j.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null or edit.priority is null then ticket.number
                 else notifyq.line_number(j.id, rank, q.ageing) end, j.id, ticket.attempt);
         end if;
     end if;

@@ -128,6 +128,17 @@ async def test_delete_waits_for_a_claim_and_deletes_the_job_either_way(ask, race
 
 
 @either_end
+@pytest.mark.parametrize("edit", ["data => '1'", "priority => 1", "data => '1', priority => 1", "due_at => now()"])
+async def test_a_claim_that_began_before_an_edit_was_through_brings_the_job_as_it_is_then(
+    ask, race, job, runtime, edit, commit
+):
+    editing = f"select notifyq.update_job({job}, {edit}) from (select from notifyq.runtime for update) r"  # noqa: S608 - ours
+    claiming = f"select id, data, priority from notifyq.claim('q', 5, '{RUNTIME}')"
+    _, claimed = await race(editing, claiming, commit=commit)
+    assert claimed == [(job, 1 if "data" in edit and commit else None, 1 if "priority" in edit and commit else 0)]
+
+
+@either_end
 @pytest.mark.parametrize("taker", ["cancel", "delete"])
 async def test_a_claim_steps_over_a_job_that_is_being_cancelled_or_deleted(ask, race, job, taker, commit):
     taken = await race(f"select notifyq.{taker}({job})", CLAIM, commit=commit, waits=False)
