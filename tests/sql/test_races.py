@@ -132,7 +132,7 @@ async def test_delete_waits_for_a_claim_and_deletes_the_job_either_way(ask, race
 async def test_a_claim_that_began_before_an_edit_was_through_brings_the_job_as_it_is_then(
     ask, race, job, runtime, edit, commit
 ):
-    editing = f"select notifyq.update_job({job}, {edit}) from (select from notifyq.runtime for update) r"  # noqa: S608 - ours
+    editing = f"select notifyq.update_job({job}, {edit}) from (select from notifyq.runtime for update) r"
     claiming = f"select id, data, priority from notifyq.claim('q', 5, '{RUNTIME}')"
     _, claimed = await race(editing, claiming, commit=commit)
     assert claimed == [(job, 1 if "data" in edit and commit else None, 1 if "priority" in edit and commit else 0)]
