@@ -41,7 +41,7 @@ end
 $$;
 
 -- Says why a claim like this is none. Raises NQ006 and NQ003.
-create or replace function notifyq.refuse_claim(how_many int, lease interval) returns void
+create or replace function notifyq.refuse_claim(how_many int, lease interval, key_limit int) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -52,6 +52,9 @@ begin
     end if;
     if refuse_claim.lease <= '0' then
         raise exception 'lease must be above zero, not %', refuse_claim.lease using errcode = 'NQ003';
+    end if;
+    if refuse_claim.key_limit <= 0 then
+        raise exception 'key_limit must be 1 or more, not %', refuse_claim.key_limit using errcode = 'NQ003';
     end if;
     raise exception 'how_many must be 1 or more, not %', coalesce(refuse_claim.how_many::text, 'null') using errcode = 'NQ003';
 end
@@ -65,7 +68,8 @@ $$;
 -- from the beginning. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
 -- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
 -- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
--- priorities say it.
+-- priorities say it. key_limit: the claim brings no more than so many of one key, less those that at_work
+-- counts ('{"key": number}'); the others it steps over.
 --
 -- Locks: the runtime's row (key share), the gate, then tickets in order. Tickets locked by others are
 -- stepped over. An edit writes the ticket anew: a query that sees the ticket sees the job as it was
@@ -78,7 +82,9 @@ create or replace function notifyq.claim(
     priorities smallint[] default null,
     floors bigint[] default null,
     min_priority int default null,
-    max_priority int default null
+    max_priority int default null,
+    key_limit int default null,
+    at_work jsonb default null
 )
 returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
@@ -110,12 +116,14 @@ declare
     late notifyq.active[];
 begin
     -- One expression where several would read better: each is paid for by every claim.
-    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)) is not true then
-        perform notifyq.refuse_claim(claim.how_many, claim.lease);
+    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)
+        and coalesce(claim.key_limit > 0, true)) is not true
+    then
+        perform notifyq.refuse_claim(claim.how_many, claim.lease, claim.key_limit);
     end if;
     -- The usual case in one query: with several, a claim on an idle system takes a third longer. Nothing is due
     -- or late, no rule holds, and all that is ready may be claimed. What this does not claim is left to what follows.
-    if claim.floors is null and num_nonnulls(claim.min_priority, claim.max_priority) = 0 then
+    if claim.floors is null and num_nonnulls(claim.min_priority, claim.max_priority, claim.key_limit) = 0 then
         return query
         with line as (
             select q.number
@@ -196,12 +204,12 @@ begin
         perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
     end if;
 
-    if gated then
+    if gated or claim.key_limit is not null then
         -- The gate may have been waited for: what it takes for expired has to be just what is below, and its
         -- moment is the start that rates count by.
         select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
         from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
-            coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767)) a;
+            coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767), claim.key_limit, claim.at_work) a;
     elsif claim.floors is null then
         with gone as (
             delete from notifyq.ready r

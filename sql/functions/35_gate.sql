@@ -103,11 +103,16 @@ $$;
 -- Takes up to how_many tickets that may start, of priorities from low to high, out of ready, or blocked,
 -- in order; claim() makes them active. Among them are those that have expired at this moment: they hold
 -- no slot, and claim() has them leave the line.
+--
+-- key_limit, at_work: the claiming process runs so many of each key already, and may have up to key_limit;
+-- what it may not have is left where it is, for others.
 create or replace function notifyq.admit(
     queue int,
     how_many int,
     low int,
     high int,
+    key_limit int,
+    at_work jsonb,
     out jobs bigint[],
     out numbers bigint[],
     out attempts int[],
@@ -132,8 +137,13 @@ declare
     looked_at int := 0;
     started_keys text[] := '{}';
     rated_keys text[] := '{}';
+    working jsonb := admit.at_work;
     started int;
 begin
+    if jsonb_path_exists(admit.at_work, 'strict $ ? (@.type() != "object" || exists (@.* ? (@.type() != "number")))') then
+        raise exception 'at_work must be an object with the number of jobs of each key, like {"key": 1}, not %', admit.at_work
+            using errcode = 'NQ003';
+    end if;
     g := notifyq.lock_gate(admit.queue);
     -- Not before: who has waited for the gate starts now. Starts are counted later than this, when the looking is done.
     moment := clock_timestamp();
@@ -142,7 +152,7 @@ begin
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
     window_size := greatest(room, 16);
     while room > 0 and looked_at < most_looked_at loop
-        select * into sifted from notifyq.sift(q, window_size, room, admit.low, admit.high, started_keys, moment);
+        select * into sifted from notifyq.sift(q, window_size, room, admit.low, admit.high, admit.key_limit, working, started_keys, moment);
         exit when sifted.looked_at = 0;
         looked_at := looked_at + sifted.looked_at;
         jobs := jobs || sifted.jobs;
@@ -151,11 +161,15 @@ begin
         started_keys := started_keys || sifted.started_keys;
         rated_keys := rated_keys || sifted.rated_keys;
         room := room - cardinality(sifted.started_keys);
+        if admit.key_limit is not null then
+            working := notifyq.add_keys(working, sifted.started_keys);
+        end if;
         exit when sifted.looked_at < window_size;
         window_size := least(window_size * 4, 2000);
     end loop;
     if (q.fair or q.key_rate_limit is not null) and cardinality(started_keys || rated_keys) > 0 then
-        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, greatest(room, 0), admit.low, admit.high, moment);
+        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, greatest(room, 0), admit.low, admit.high,
+            admit.key_limit, working, moment);
         jobs := jobs || sifted.jobs;
         numbers := numbers || sifted.numbers;
         attempts := attempts || sifted.attempts;
@@ -186,6 +200,15 @@ begin
 end
 $$;
 
+-- How many of each key are at work, with those that start.
+create or replace function notifyq.add_keys(at_work jsonb, started_keys text[]) returns jsonb
+language sql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+    select coalesce(add_keys.at_work, '{}') || coalesce(jsonb_object_agg(s.key, s.number + coalesce((add_keys.at_work ->> s.key)::int, 0)), '{}')
+    from (select u.key, count(*)::int as number from unnest(add_keys.started_keys) u (key) group by u.key) s
+$$;
+
 -- One look at the tickets in front: takes up to room that may start, moves to blocked those whose
 -- key is held, at its rate, or (in a fair queue) among those that had their turn, and leaves the rest. started_keys has one element a start.
 create or replace function notifyq.sift(
@@ -194,6 +217,8 @@ create or replace function notifyq.sift(
     room int,
     low int,
     high int,
+    key_limit int,
+    at_work jsonb,
     had_turn text[],
     moment timestamptz,
     out looked_at int,
@@ -215,6 +240,7 @@ as $$
 declare
     q constant notifyq.queue := sift.queue;
     by_key constant boolean := q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0;
+    full_keys constant text[] := array(select w.key from jsonb_each(sift.at_work) w where w.value::int >= sift.key_limit);
     front notifyq.ready[];
     places tid[];
     passed_over text[] := '{}';
@@ -227,6 +253,7 @@ begin
         select t.*, t.ctid as place from notifyq.ready t
         where t.queue = q.number
         and t.priority between sift.low and sift.high
+        and (full_keys = '{}' or not exists (select from notifyq.job j where j.id = t.job and coalesce(j.key, '') = any (full_keys)))
         order by t.priority desc, t.number
         limit sift.how_many
         for update skip locked
@@ -255,7 +282,8 @@ begin
             end as slots,
             case when q.key_rate_limit is not null
                 then notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, sift.moment)
-            end as rate
+            end as rate,
+            sift.key_limit - coalesce((sift.at_work ->> coalesce(j.key, ''))::int, 0) as own
         from unnest(front) with ordinality f (number, job, queue, attempt, priority, place)
         join notifyq.job j on j.id = f.job
         left join lateral (
@@ -268,13 +296,14 @@ begin
         select r.*,
             case
                 when r.late then 'late'
+                when r.rank > r.own and r.rank <= coalesce(least(r.slots, r.rate), r.rank) then 'leave'
                 when r.is_head or coalesce(r.rank <= least(r.slots, r.rate), true) then 'start'
                 when r.rank <= coalesce(r.slots, r.rank) then 'rate'
                 else 'wait'
             end as verdict
         from ranked r
     ), decided as materialized (
-        select j.*, j.verdict = 'start' and count(*) filter (where j.verdict = 'start') over (order by j.place) > sift.room as stays
+        select j.*, j.verdict = 'leave' or j.verdict = 'start' and count(*) filter (where j.verdict = 'start') over (order by j.place) > sift.room as stays
         from judged j
     ), gone as (
         delete from notifyq.ready r
@@ -343,6 +372,8 @@ create or replace function notifyq.take_turns(
     room int,
     low int,
     high int,
+    key_limit int,
+    at_work jsonb,
     moment timestamptz,
     out jobs bigint[],
     out numbers bigint[],
@@ -362,6 +393,7 @@ declare
     q constant notifyq.queue := take_turns.queue;
     turns text[] := array(select distinct k.key from unnest(take_turns.keys) k (key));
     room int := take_turns.room;
+    working jsonb := take_turns.at_work;
     helping record;
 begin
     started_keys := '{}';
@@ -382,7 +414,9 @@ begin
                     greatest(take_turns.room / cardinality(turns), 1),
                     case when q.slots is not null then greatest(q.slots - coalesce(k.held, 0), 0) end,
                     case when q.key_rate_limit is not null
-                        then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end
+                        then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end,
+                    case when take_turns.key_limit is not null
+                        then greatest(take_turns.key_limit - coalesce((working ->> t.key)::int, 0), 0) end
                 )
                 for update skip locked
             ) b
@@ -417,6 +451,9 @@ begin
         attempts := attempts || helping.attempts;
         started_keys := started_keys || helping.keys;
         room := room - cardinality(helping.keys);
+        if take_turns.key_limit is not null then
+            working := notifyq.add_keys(working, helping.keys);
+        end if;
         turns := array(select distinct k.key from unnest(helping.keys) k (key));
     end loop;
 

@@ -79,7 +79,7 @@ class Claimer:
         self._release = release
         self._events = events
         self._floor = Floor(priorities)
-        self._shelf = Shelf()
+        self.shelf = Shelf()
         self._room = Bell()
         self._running = 0
         self._idle_demand = 0
@@ -96,6 +96,8 @@ class Claimer:
         self._gone = gone
         self._quiet = quiet
         self._paused = False
+        self.full_keys: Container[str] = ()
+        """Keys of which the last claim left no more to be claimed here: when a job of one of them ends, it looks again."""
 
     # what others call
 
@@ -125,7 +127,7 @@ class Claimer:
             return
         self._paused = paused
         if paused:
-            self._hand_back(self.take_back())
+            self._hand_back(self.shelf.take_back())
             self._room.ring()
         else:
             self.look_again()
@@ -148,33 +150,29 @@ class Claimer:
 
     async def take(self, how_many: int) -> list[Claimed]:
         """Wait for jobs and take up to so many, in order."""
-        jobs = await self._shelf.take(how_many)
+        jobs = await self.shelf.take(how_many)
         self._running += len(jobs)
         self._room.ring()
         return jobs
 
-    def finished(self) -> None:
+    def finished(self, job: Claimed) -> None:
         """A job that was taken has ended."""
         self._running -= 1
-        in_hand = self._running or self._shelf
+        if (job.key or "") in self.full_keys:
+            self.bell.ring()
+        in_hand = self._running or self.shelf
         self._rate.finished(None if in_hand else trio.current_time())
         self._idle_demand = 0 if in_hand else self._demand()
         self._room.ring()
 
-    def take_back(self) -> list[Claimed]:
-        """All jobs that have not been taken."""
-        return self._shelf.take_back()
-
     def drop(self, job_ids: Container[int]) -> list[Claimed]:
         """Take these jobs out, as far as they have not been taken."""
-        dropped = self._shelf.drop(job_ids)
+        dropped = self.shelf.drop(job_ids)
         if dropped:
             self._room.ring()
+        if any((job.key or "") in self.full_keys for job in dropped):
+            self.bell.ring()
         return dropped
-
-    def waiting(self) -> set[tuple[int, int]]:
-        """The attempts that have not been taken, as (job, attempt)."""
-        return self._shelf.waiting()
 
     # the loop
 
@@ -229,9 +227,9 @@ class Claimer:
             self._refusal = answer
             self.bell.ring()
         elif self._ending:
-            self._shelf.put(answer)
+            self.shelf.put(answer)
         else:
-            takers = self._shelf.takers
+            takers = self.shelf.takers
             self._looked(self._asked_at, answer)
             if len(answer) == asked_for or len(answer) > takers:  # there may be more, or some may have to wait here
                 self.bell.ring()
@@ -246,7 +244,7 @@ class Claimer:
             while self._paused:
                 self.bell.clear()
                 await self.bell.wait()
-            wake_at = min(self._due.at, self._shelf.stale_at())
+            wake_at = min(self._due.at, self.shelf.stale_at())
             if self._poll_interval is not None:
                 wake_at = min(wake_at, max(self._looked_at, self._begun_at) + self._poll_interval)
             with trio.move_on_at(wake_at):
@@ -255,11 +253,11 @@ class Claimer:
             self._resting = False
 
     def _hand_back_stale(self) -> None:
-        stale_at = self._shelf.stale_at()
+        stale_at = self.shelf.stale_at()
         if stale_at == math.inf or trio.current_time() < stale_at:
             return
         self._rate.reset()
-        self._hand_back(self.take_back())
+        self._hand_back(self.shelf.take_back())
 
     def _hand_back(self, jobs: list[Claimed]) -> None:
         for job in jobs:
@@ -313,13 +311,13 @@ class Claimer:
             how_many = self._demand()
             if how_many:
                 return how_many
-            with trio.move_on_at(self._shelf.stale_at()):
+            with trio.move_on_at(self.shelf.stale_at()):
                 await self._room.wait()
             self._hand_back_stale()
 
     def _demand(self) -> int:
         per_second = self._rate.measure(trio.current_time())
-        return demand(self._capacity, self._running, len(self._shelf), per_second)
+        return demand(self._capacity, self._running, len(self.shelf), per_second)
 
     def _deliver(self, jobs: list[Claimed]) -> None:
         if self._paused:  # they were claimed before that
@@ -333,7 +331,7 @@ class Claimer:
         self._rate.busy(now)
         for job in jobs:
             job.claimed_at = now
-        self._shelf.put(jobs)
+        self.shelf.put(jobs)
         if self._events.wants(JobClaimed):
             for job in jobs:
                 self._events.emit(JobClaimed(self.queue, job.id, job.attempt))

@@ -137,6 +137,10 @@ class Executor:
         ours = (run for run in self._runs.values() if not run.given_up and run.reason != "lost")
         return {(job.id, job.attempt) for run in ours for job in run.jobs}
 
+    def keys(self) -> list[str]:
+        """The key of each job whose handler has not returned."""
+        return [job.key or "" for run in self._runs.values() for job in run.jobs]
+
     def together(self, job_id: int) -> list[Job[Any]]:
         """The running jobs of the call that handles this one, itself among them; none if it does not run here."""
         run = self._runs.get(job_id)
@@ -183,8 +187,8 @@ class Executor:
             outcomes = await self._run(batch)
             for outcome in outcomes:
                 self._settle(outcome, self._queue.name)
-            for _ in batch:
-                self._claimer.finished()
+            for claimed in batch:
+                self._claimer.finished(claimed)
             await self._settled()
             now = trio.current_time()
             if now > rested + YIELD_EVERY:

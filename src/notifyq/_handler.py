@@ -35,6 +35,7 @@ class WorkerOptions(TypedDict, total=False):
     middleware: Sequence[Middleware]
     min_priority: int | None
     max_priority: int | None
+    key_limit: int | None
 
 
 @attrs.frozen
@@ -56,6 +57,8 @@ class Worker:
     """It takes a connection, too, and its jobs complete in the transaction that is open on it."""
     priorities: tuple[int, int] | None = None
     """The lowest and the highest priority that it takes; None: all."""
+    key_limit: int | None = None
+    """Most jobs of one key at once in one process; None: any number."""
 
 
 def worker_of(
@@ -69,6 +72,7 @@ def worker_of(
     transaction: bool = False,
     min_priority: int | None = None,
     max_priority: int | None = None,
+    key_limit: int | None = None,
 ) -> Worker:
     """A function and its options as a worker; ``batch_size`` None: one job a call. Raises ``InvalidOption``."""
     if not callable(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
@@ -92,7 +96,9 @@ def worker_of(
         raise InvalidOption(f"{where}: poll_interval must be above zero seconds, not {poll_interval!r}")
     layers = check_middleware(middleware, where)
     priorities = _priorities(min_priority, max_priority, where)
-    return Worker(function, kind, concurrency, batch_size or 1, poll, layers, transaction, priorities)
+    if key_limit is not None:
+        whole(key_limit, f"{where}: key_limit", 1, 10_000)
+    return Worker(function, kind, concurrency, batch_size or 1, poll, layers, transaction, priorities, key_limit)
 
 
 def describe(function: Callable[..., Any]) -> str:

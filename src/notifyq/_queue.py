@@ -63,7 +63,15 @@ _OPTIONS = (
     "ageing",
 )
 _POLICIES = ("standard", "short", "singleton", "stately", "exclusive", "ordered")
-_WORKER_OPTIONS = ("concurrency", "poll_interval", "middleware", "transaction", "min_priority", "max_priority")
+_WORKER_OPTIONS = (
+    "concurrency",
+    "poll_interval",
+    "middleware",
+    "transaction",
+    "min_priority",
+    "max_priority",
+    "key_limit",
+)
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 _PATTERN = re.compile(r"[A-Za-z0-9_./*-]{1,100}")
 
@@ -219,7 +227,10 @@ class Queue(Generic[In, Out]):
             options: ``concurrency``, the most calls at once in one process (default 10); ``poll_interval``, seconds
                 between looks for jobs that no notification told of (default: with every beat, about 5 s);
                 ``middleware``, around every call, inside the runtime's own; ``min_priority`` and ``max_priority``, to
-                take only jobs of these priorities and what lies between (default: all).
+                take only jobs of these priorities and what lies between (default: all); ``key_limit``, the most jobs of
+                one key at once in one process, where the queue's own counts all processes. What this process may not
+                have stays ready for others, and each of its claims reads past it: with thousands of one key, the queue's
+                own ``key_limit``, whose jobs wait aside, is cheaper.
             transaction: the function, an ``async def``, takes ``(job, connection)``. The connection has a transaction
                 open: what is written there and the job's completion commit together. If it raises, times out, is
                 cancelled, or the job was taken away meanwhile, nothing of it is kept. At most ``pool_size - 1`` of the
@@ -243,6 +254,7 @@ class Queue(Generic[In, Out]):
         middleware: Sequence[Middleware] = (),
         min_priority: int | None = None,
         max_priority: int | None = None,
+        key_limit: int | None = None,
         **unknown: Any,
     ) -> Callable[[Callable[[list[Job[In]]], Awaitable[BatchResult[Out]]]], Any]:
         """Register an ``async def`` that handles up to ``batch_size`` jobs in one call, see ``BatchResult``.
@@ -261,6 +273,7 @@ class Queue(Generic[In, Out]):
             middleware=middleware,
             min_priority=min_priority,
             max_priority=max_priority,
+            key_limit=key_limit,
             **unknown,
         )
 

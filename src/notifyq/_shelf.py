@@ -63,6 +63,10 @@ class Shelf:
         """The attempts that have not been taken, as (job, attempt)."""
         return {(job.id, job.attempt) for job in self._jobs}
 
+    def keys(self) -> list[str]:
+        """The key of each job that has not been taken."""
+        return [job.key or "" for job in self._jobs]
+
     def stale_at(self) -> float:
         """When the first of them has waited too long, on ``trio.current_time()``'s clock."""
         # While there are takers, what is here is about to be taken.

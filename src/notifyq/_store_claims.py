@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, LiteralString
 
+from ._codec import to_json
 from ._models import Claimed
 
 if TYPE_CHECKING:
@@ -26,14 +27,15 @@ _CLAIM: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, make_interval(secs => $4), $5::smallint[], $6::bigint[]) c"
 )
 _CLAIM_AT_ONCE: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c"
-_CLAIM_BETWEEN: LiteralString = (
-    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int) c"
+_CLAIM_SOME: LiteralString = (
+    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int,"
+    " key_limit => $6::int, at_work => $7::jsonb) c"
 )
 # The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
 _UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
 _CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace("$2", _UNFLUSHED)
 _CLAIM_AT_ONCE_UNFLUSHED: LiteralString = _CLAIM_AT_ONCE.replace("$2", _UNFLUSHED)
-_CLAIM_BETWEEN_UNFLUSHED: LiteralString = _CLAIM_BETWEEN.replace("$2", _UNFLUSHED)
+_CLAIM_SOME_UNFLUSHED: LiteralString = _CLAIM_SOME.replace("$2", _UNFLUSHED)
 
 
 class Claims:
@@ -65,10 +67,23 @@ class Claims:
         return [Claimed(*row) for row in await self._calls.run(connection, claim)]
 
     def bind_claim(
-        self, queue: str, how_many: int, runtime: UUID, *, durably: bool, priorities: Priorities = None
+        self,
+        queue: str,
+        how_many: int,
+        runtime: UUID,
+        *,
+        durably: bool,
+        priorities: Priorities = None,
+        key_limit: int | None = None,
+        at_work: Mapping[str, int] | None = None,
     ) -> Bound:
-        """A claim from the beginning, to be sent without waiting; its rows are those of ``Claimed``."""
-        if priorities is None:
+        """A claim from the beginning, to be sent without waiting; its rows are those of ``Claimed``.
+
+        It brings at most ``key_limit`` jobs of a key, less those ``at_work``.
+        """
+        if priorities is None and key_limit is None:
             return self._calls.bind(_CLAIM_AT_ONCE if durably else _CLAIM_AT_ONCE_UNFLUSHED, queue, how_many, runtime)
-        statement = _CLAIM_BETWEEN if durably else _CLAIM_BETWEEN_UNFLUSHED
-        return self._calls.bind(statement, queue, how_many, runtime, *priorities)
+        statement = _CLAIM_SOME if durably else _CLAIM_SOME_UNFLUSHED
+        least, most = priorities or (None, None)
+        working = None if at_work is None else to_json(dict(at_work))
+        return self._calls.bind(statement, queue, how_many, runtime, least, most, key_limit, working)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -61,6 +62,7 @@ class QueueWorker:
         self.queue = queue
         self.quiet = quiet
         self.priorities = worker.priorities
+        self._key_limit = worker.key_limit
         self.info = info
         self._pool = pool
         self._store = store
@@ -112,7 +114,7 @@ class QueueWorker:
             task_status.started()
             with self._claiming:
                 await self.claimer.run()
-            for claimed in self.claimer.take_back():
+            for claimed in self.claimer.shelf.take_back():
                 self._release(claimed)
             self._stopped.set()
 
@@ -126,12 +128,12 @@ class QueueWorker:
     def lose_all(self) -> None:
         """The lease lapsed: drop what has not started and cancel what runs, without settling."""
         self._lease_number += 1  # what a claim under way brings is not ours, either
-        self.claimer.take_back()
+        self.claimer.shelf.take_back()
         self.executor.abandon(None)
 
     def lose(self, attempts: Container[tuple[int, int]]) -> None:
         """These attempts are no longer ours: drop or cancel them, without settling."""
-        self.claimer.drop({job for job, attempt in self.claimer.waiting() if (job, attempt) in attempts})
+        self.claimer.drop({job for job, attempt in self.claimer.shelf.waiting() if (job, attempt) in attempts})
         self.executor.abandon(attempts)
 
     def cancel(self, jobs: Collection[int]) -> None:
@@ -146,7 +148,7 @@ class QueueWorker:
 
     def known(self) -> set[tuple[int, int]]:
         """The attempts that run or wait here, as (job, attempt)."""
-        return self.executor.running() | self.claimer.waiting()
+        return self.executor.running() | self.claimer.shelf.waiting()
 
     def _release(self, claimed: Claimed) -> None:
         self._settler.put(Released(claimed.id, claimed.attempt), self.queue.name)
@@ -158,7 +160,7 @@ class QueueWorker:
             lease_number = self._before_claim()
             self.claiming_since = trio.current_time()
             try:
-                if floors is None and self.priorities is not None:
+                if self._key_limit is not None or (floors is None and self.priorities is not None):
                     jobs = await self._store.run_claim(connection, self._bind(how_many))
                 else:
                     jobs = await self._store.claim(
@@ -170,7 +172,8 @@ class QueueWorker:
 
     def _claim_at_once(self, how_many: int, answered: Callable[[list[Claimed] | Exception], None]) -> bool:
         """Send a claim on the connection that has just heard of a job, if that is free."""
-        if how_many != self._bound_for:  # an idle queue asks for the same number each time
+        # An idle queue asks for the same number each time.
+        if how_many != self._bound_for or self._key_limit is not None:
             self._bound_for, self._bound = how_many, self._bind(how_many)
         lease_number = self._before_claim()
 
@@ -183,8 +186,18 @@ class QueueWorker:
 
     def _bind(self, how_many: int) -> Bound:
         return self._store.bind_claim(
-            self.queue.name, how_many, self._runtime, durably=self._durably, priorities=self.priorities
+            self.queue.name,
+            how_many,
+            self._runtime,
+            durably=self._durably,
+            priorities=self.priorities,
+            key_limit=self._key_limit,
+            at_work=None if self._key_limit is None else self._at_work(),
         )
+
+    def _at_work(self, just_claimed: Sequence[Claimed] = ()) -> Counter[str]:
+        """How many jobs of each key are here; those without one have one common key."""
+        return Counter((*self.executor.keys(), *self.claimer.shelf.keys(), *(job.key or "" for job in just_claimed)))
 
     def _before_claim(self) -> int:
         """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""
@@ -193,6 +206,9 @@ class QueueWorker:
 
     def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
         """What a claim brought, less what was lost or cancelled while it was under way."""
+        if self._key_limit is not None:
+            at_work = self._at_work(jobs)
+            self.claimer.full_keys = {key for key in at_work if at_work[key] >= self._key_limit}
         if lease_number == self._lease_number and not self._cancelled:
             return jobs
         self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more

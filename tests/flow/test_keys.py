@@ -10,6 +10,7 @@ import trio
 
 import notifyq
 from notifyq import Job, Queue, events
+from notifyq._bell import Bell
 
 
 class Running:
@@ -32,10 +33,10 @@ class Running:
             self.now[counted] -= 1
 
 
-def keyed(running: Running, **options: Any) -> Queue[int, int]:
+def keyed(running: Running, key_limit_here: int | None = None, **options: Any) -> Queue[int, int]:
     queue = Queue("q", int, int, retention=3600, retry_delay=0, **options)
 
-    @queue.worker(concurrency=20, poll_interval=3600)
+    @queue.worker(concurrency=20, poll_interval=3600, key_limit=key_limit_here)
     async def work(job: Job[int]) -> int:
         await running.run(job.key or "", job.data)
         return job.data
@@ -62,6 +63,60 @@ async def test_keys_are_held_to_their_limit_by_two_runtimes_and_each_job_runs_on
     if options.get("policy") == "ordered":
         for n in range(5):
             assert [number for key, number in running.order if key == f"k{n}"] == list(range(n, 300, 5))
+
+
+async def test_a_process_holds_a_key_to_its_own_limit_and_runs_the_others_meanwhile(start, nq):
+    here, there = Running(), Running()
+    for running in (here, there):
+        await start(keyed(running, key_limit_here=2))
+    queue = Queue("q", int, int)
+    with trio.fail_after(30):
+        sent = await nq.send_many(queue, [notifyq.NewJob(number, {"key": "a"}) for number in range(200)])
+        sent += await nq.send_many(
+            queue, [notifyq.NewJob(number, {"key": f"k{number % 50}"}) for number in range(200, 300)]
+        )
+        for job in sent:
+            await nq.result(job)
+    assert sorted(number for _, number in here.order + there.order) == list(range(300))
+    for running in (here, there):
+        assert running.most["a"] == 2
+        assert running.most["all"] > 2
+        assert max(running.most[key] for key in running.most if key != "all") == 2
+
+
+async def test_a_job_beyond_a_process_limit_of_its_key_starts_when_one_of_them_ends(start, nq):
+    queue = Queue("q", int, int, retry_limit=0)
+    gates = [trio.Event() for _ in range(4)]
+    begun: list[int] = []
+    begins = Bell()
+
+    @queue.worker(key_limit=1, poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        begun.append(job.data)
+        begins.ring()
+        await gates[job.data].wait()
+        if job.data == 1:
+            raise RuntimeError("one that fails makes room, too")
+        return job.data
+
+    async def wait_begun(*numbers: int) -> None:
+        while begun != [*numbers]:
+            begins.clear()
+            await begins.wait()
+
+    await start(queue, lease=3600)
+    with trio.fail_after(10):
+        jobs = [await nq.send(queue, number, key="a") for number in range(3)]
+        await wait_begun(0)
+        await nq.send(queue, 3, key="b")
+        await wait_begun(0, 3)
+        gates[0].set()
+        await wait_begun(0, 3, 1)
+        gates[1].set()
+        await wait_begun(0, 3, 1, 2)
+        for gate in gates:
+            gate.set()
+        await nq.result(jobs[2])
 
 
 async def test_a_queues_limit_holds_for_two_runtimes_together(start, nq):

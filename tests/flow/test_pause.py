@@ -299,7 +299,7 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
         gate.set()
         await trio.testing.wait_all_tasks_blocked()
         assert released == ["one", "two"]
-        assert claimer.take_back() == []
+        assert claimer.shelf.take_back() == []
         nursery.cancel_scope.cancel()
 
 

@@ -156,13 +156,16 @@ def test_bounds_are_checked():
         ({"min_priority": 3, "max_priority": 2}, "min_priority 3 is above max_priority 2"),
         ({"min_priority": 40000}, "min_priority must be an int from -32768 to 32767"),
         ({"max_priority": "high"}, "max_priority must be an int from -32768 to 32767"),
+        ({"key_limit": 0}, "key_limit must be an int from 1 to 10000, not 0"),
+        ({"key_limit": 1.5}, "key_limit must be an int from 1 to 10000, not 1.5"),
     ):
         with pytest.raises(notifyq.InvalidOption, match=message):
             dedicated([], **options)
     queue = Queue("q", int, int)
 
-    @queue.batch_worker(batch_size=2, min_priority=1)
+    @queue.batch_worker(batch_size=2, min_priority=1, key_limit=3)
     async def batch(jobs: list[Job[int]]) -> None: ...
 
     assert queue.worker_function is not None
     assert queue.worker_function.priorities == (1, 32767)
+    assert queue.worker_function.key_limit == 3

@@ -40,8 +40,10 @@ class Line:
         rows = await self.ask("select id from notifyq.send_many('q', %s)", json.dumps(jobs))
         return [id for (id,) in rows]
 
-    async def claim(self, how_many: int = 10) -> list[int]:
-        return [id for (id,) in await self.ask("select id from notifyq.claim('q', %s)", how_many)]
+    async def claim(self, how_many: int = 10, **options: Any) -> list[int]:
+        named = "".join(f", {name} => %s" for name in options)
+        rows = await self.ask(f"select id from notifyq.claim('q', %s{named})", how_many, *options.values())
+        return [id for (id,) in rows]
 
     async def complete(self, *jobs: int) -> None:
         for job in jobs:
@@ -326,6 +328,79 @@ async def test_an_active_limit_counts_the_active_jobs_of_the_queue(line):
     assert await q.states(*jobs[2:]) == ["ready"] * 3
     await q.complete(jobs[0])
     assert await q.claim() == [jobs[2]]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"key_limit": 5}, {"active_limit": 50}, {"rate_limit": 50, "rate_period": 60}, {"ageing": 60}]
+)
+async def test_a_claim_may_bring_so_many_of_a_key_and_steps_over_the_others(line, options):
+    q = await line(**options)
+    a = await q.send(*"a" * 30)
+    b = await q.send(*"bb")
+    [c] = await q.send(None)
+    assert await q.claim(10, key_limit=2) == [*a[:2], *b, c]
+    assert await q.claim(10, key_limit=2, at_work='{"a": 2}') == []
+    assert await q.claim(10, key_limit=2, at_work='{"a": 1, "b": 3}') == a[2:3]
+    assert await q.claim(2, key_limit=4, at_work='{"a": 2}') == a[3:5]
+    assert await q.claim(3) == ([] if "key_limit" in options else a[5:8])
+
+
+async def test_jobs_without_a_key_have_one_common_key_in_a_claim_of_so_many_of_a_key(line):
+    q = await line()
+    first, second, third = await q.send(None, None, None)
+    assert await q.claim(key_limit=1) == [first]
+    assert await q.claim(key_limit=1, at_work='{"": 1}') == []
+    assert await q.claim(key_limit=2, at_work='{"": 1}') == [second]
+    assert await q.claim() == [third]
+
+
+async def test_the_smaller_of_both_limits_of_a_key_holds(line):
+    q = await line(key_limit=2)
+    a = await q.send(*"aaaa")
+    assert await q.claim(key_limit=3) == a[:2]
+    assert await q.states(*a) == ["active", "active", "blocked", "blocked"]
+    await q.complete(a[0])
+    assert await q.claim(key_limit=3, at_work='{"a": 3}') == []
+    assert await q.claim(key_limit=3) == a[2:3]
+
+
+async def test_a_key_has_its_turn_elsewhere_when_this_process_has_enough_of_it(line):
+    q = await line(fair=True)
+    a = await q.send(*"aaaa")
+    b = await q.send(*"bbb")
+    assert await q.claim(10, key_limit=2) == [a[0], b[0], a[1], b[1]]
+    assert await q.claim(10, key_limit=2, at_work='{"a": 2, "b": 1}') == [b[2]]
+    assert await q.claim(10, key_limit=2, at_work='{"a": 2}') == []
+    assert await q.claim(10, key_limit=2) == a[2:]
+
+
+async def test_an_ordered_key_keeps_its_order_when_a_claim_may_bring_so_many_of_a_key(line):
+    q = await line(policy="ordered")
+    a = await q.send(*"aa")
+    b = await q.send(*"b")
+    assert await q.claim(10, key_limit=1, at_work='{"a": 1}') == b
+    assert await q.claim(10, key_limit=1) == a[:1]
+    await q.complete(a[0])
+    assert await q.claim(10, key_limit=1) == a[1:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key_limit": 0}, "key_limit must be 1 or more, not 0"),
+        ({"key_limit": -1}, "key_limit must be 1 or more, not -1"),
+        ({"key_limit": 1, "at_work": "[1]"}, "at_work must be an object"),
+        ({"key_limit": 1, "at_work": '{"a": "x"}'}, "at_work must be an object"),
+        ({"key_limit": 1, "at_work": '{"a": {"b": 1}}'}, "at_work must be an object"),
+    ],
+)
+async def test_a_limit_of_a_claim_that_cannot_be_is_refused_in_words(line, options, message):
+    q = await line()
+    [job] = await q.send(None)
+    with pytest.raises(psycopg.Error, match=message) as raised:
+        await q.claim(1, **options)
+    assert raised.value.sqlstate == "NQ003"
+    assert await q.state(job) == "ready"
 
 
 async def test_a_rate_limits_starts_and_says_when_the_next_one_is(line, ask):

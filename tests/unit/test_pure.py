@@ -295,33 +295,37 @@ def test_a_schema_of_another_name_has_no_trace_of_the_first():
     assert all("notifyq" not in file.text for file in _schema.load("other"))
 
 
-@pytest.mark.parametrize("answer", [NoLease("stopping"), psycopg.OperationalError("gone"), [claimed(1), claimed(2)]])
-async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_handed_back(answer):
-    asked: list[int] = []
-    answers: list[Callable[[Any], None]] = []
-
+def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[Any], object]) -> Claimer:
     async def claim(_how_many: int, _floors: Any) -> list[Any]:
         return []
 
     async def next_due() -> tuple[None, float]:
         return None, 0.0
 
-    def claim_at_once(how_many: int, answered: Callable[[Any], None]) -> bool:
-        asked.append(how_many)
-        answers.append(answered)
-        return True
-
-    claimer = Claimer(
+    return Claimer(
         "q",
         capacity=3,
         poll_interval=None,
         claim=claim,
         claim_at_once=claim_at_once,
         next_due=next_due,
-        release=asked.append,
+        release=release,
         gone=lambda: None,
         events=Events(),
     )
+
+
+@pytest.mark.parametrize("answer", [NoLease("stopping"), psycopg.OperationalError("gone"), [claimed(1), claimed(2)]])
+async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_handed_back(answer):
+    asked: list[int] = []
+    answers: list[Callable[[Any], None]] = []
+
+    def claim_at_once(how_many: int, answered: Callable[[Any], None]) -> bool:
+        asked.append(how_many)
+        answers.append(answered)
+        return True
+
+    claimer = claimer_of_nothing(claim_at_once, asked.append)
     async with trio.open_nursery() as nursery:
         claiming = trio.CancelScope()
 
@@ -334,7 +338,17 @@ async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_han
         claimer.heard("r:0:1")
         claiming.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        assert claimer.take_back() == []
+        assert claimer.shelf.take_back() == []
         assert asked == [3]
         answers.pop()(answer)
-    assert claimer.take_back() == (answer if isinstance(answer, list) else [])
+    assert claimer.shelf.take_back() == (answer if isinstance(answer, list) else [])
+
+
+def test_a_job_that_is_dropped_before_it_starts_leaves_its_place_to_the_next_of_its_key():
+    claimer = claimer_of_nothing(lambda *_: False, lambda _: None)
+    claimer.full_keys = {""}
+    claimer.shelf.put([claimed(1), claimed(2)])
+    claimer.drop([3])
+    assert not claimer.bell.rung
+    claimer.drop([1])
+    assert claimer.bell.rung
