@@ -85,5 +85,4 @@ class Claims:
             return self._calls.bind(_CLAIM_AT_ONCE if durably else _CLAIM_AT_ONCE_UNFLUSHED, queue, how_many, runtime)
         statement = _CLAIM_SOME if durably else _CLAIM_SOME_UNFLUSHED
         least, most = priorities or (None, None)
-        working = None if at_work is None else to_json(dict(at_work))
-        return self._calls.bind(statement, queue, how_many, runtime, least, most, key_limit, working)
+        return self._calls.bind(statement, queue, how_many, runtime, least, most, key_limit, to_json(at_work or {}))

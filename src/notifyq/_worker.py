@@ -185,6 +185,7 @@ class QueueWorker:
         return self._listener.ask(self._bound, heard)
 
     def _bind(self, how_many: int) -> Bound:
+        self._told = self._at_work()
         return self._store.bind_claim(
             self.queue.name,
             how_many,
@@ -192,12 +193,23 @@ class QueueWorker:
             durably=self._durably,
             priorities=self.priorities,
             key_limit=self._key_limit,
-            at_work=None if self._key_limit is None else self._at_work(),
+            at_work=self._told,
         )
 
-    def _at_work(self, just_claimed: Sequence[Claimed] = ()) -> Counter[str]:
-        """How many jobs of each key are here; those without one have one common key."""
-        return Counter((*self.executor.keys(), *self.claimer.shelf.keys(), *(job.key or "" for job in just_claimed)))
+    def _at_work(self) -> Counter[str]:
+        """How many jobs of each key are here, those without one under ""; not counted unless there is a limit."""
+        if self._key_limit is None:
+            return Counter()
+        return Counter((*self.executor.keys(), *self.claimer.shelf.keys()))
+
+    def _learn_full_keys(self, claimed: list[Claimed], limit: int) -> None:
+        """A claim brought these: of which keys it may have left some, as of what it was told."""
+        brought = Counter(job.key or "" for job in claimed)
+        full = {key for key, number in (self._told + brought).items() if number >= limit}
+        self.claimer.full_keys = full
+        now = self._at_work() + brought
+        if any(now[key] < limit for key in full):  # jobs ended while it was under way
+            self.claimer.bell.ring()
 
     def _before_claim(self) -> int:
         """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""
@@ -207,8 +219,7 @@ class QueueWorker:
     def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
         """What a claim brought, less what was lost or cancelled while it was under way."""
         if self._key_limit is not None:
-            at_work = self._at_work(jobs)
-            self.claimer.full_keys = {key for key in at_work if at_work[key] >= self._key_limit}
+            self._learn_full_keys(jobs, self._key_limit)
         if lease_number == self._lease_number and not self._cancelled:
             return jobs
         self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more

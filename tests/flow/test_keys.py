@@ -119,6 +119,40 @@ async def test_a_job_beyond_a_process_limit_of_its_key_starts_when_one_of_them_e
         await nq.result(jobs[2])
 
 
+async def test_a_job_that_ends_while_a_claim_is_under_way_makes_room_that_the_claim_did_not_know_of(
+    start, nq, connection, other
+):
+    queue = Queue("q", int, int)
+    gates = [trio.Event() for _ in range(3)]
+    begun = [trio.Event() for _ in range(3)]
+
+    @queue.worker(key_limit=2, poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        if job.data >= 0:
+            begun[job.data].set()
+            await gates[job.data].wait()
+        return job.data
+
+    seen = await start(queue, lease=3600)
+    with trio.fail_after(10):
+        for _ in range(10):  # its looks become quick: then it makes only one for what it hears of
+            await nq.result(await nq.send(queue, -1, key="b"))
+        await nq.send(queue, 0, key="a")
+        await begun[0].wait()
+        async with connection.transaction():
+            await connection.execute(b"select notifyq.lock_gate(number) from notifyq.queue where name = 'q'")
+            await nq.send_many(queue, [notifyq.NewJob(number, {"key": "a"}) for number in (1, 2)])
+            waits = b"select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            while not await (await other.execute(waits)).fetchall():
+                await trio.lowlevel.checkpoint()
+            gates[0].set()
+            await seen.wait(events.JobCompleted, 11)
+        await begun[1].wait()
+        await begun[2].wait()  # the claim was told of one of two, and brought one
+    for gate in gates:
+        gate.set()
+
+
 async def test_a_queues_limit_holds_for_two_runtimes_together(start, nq):
     running = Running()
     for _ in range(2):
