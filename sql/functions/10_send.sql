@@ -418,7 +418,7 @@ begin
         order by job.id;
         return;
     end if;
-    -- What is reserved by key is sent one by one, and in the order of the keys, as in send_each().
+    -- What is reserved by key is sent one by one, and in the order of the keys and id_keys, as in send_each().
     if q.policy in ('short', 'stately', 'exclusive') or exists (select from jsonb_array_elements(send_many.jobs) e where e.value ?| '{throttle,debounce}') then
         return query
         with entry as materialized (
@@ -433,7 +433,7 @@ begin
         order by e.place
         ), sent as materialized (
         select e.place, s.id, s.created
-        from (select * from entry order by id_key, key, place) e
+        from (select * from entry order by coalesce(key, ''), id_key, place) e
         cross join lateral notifyq.send_one(q, nullif(e.data, 'null'), e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit,
             notifyq.duration(e.retry_delay), notifyq.duration(e.retry_delay_max), e.retry_backoff, notifyq.duration(e.timeout),
             notifyq.duration(e.expire_in), nullif(e.headers, 'null'), e.id_key, e.key, notifyq.duration(e.throttle), notifyq.duration(e.debounce),
@@ -460,8 +460,8 @@ $$;
 
 -- The part of send_many() for jobs with options of their own.
 --
--- Keys are reserved before anything else and in their order, whatever the array's is: two calls
--- with the same keys then wait for each other and do not deadlock.
+-- The id_keys are reserved before anything else and in one order, by key and then themselves, whatever the
+-- array's is: two calls with the same ones then wait for each other and do not deadlock.
 create or replace function notifyq.send_each(queue notifyq.queue, jobs jsonb)
 returns table (id bigint, created boolean)
 language plpgsql
@@ -481,7 +481,7 @@ begin
         from jsonb_array_elements(send_each.jobs) with ordinality e
         where e.value ->> 'id_key' is not null
         group by e.value ->> 'id_key'
-        order by e.value ->> 'id_key'
+        order by min(coalesce(e.value ->> 'key', '')), e.value ->> 'id_key'
         on conflict do nothing
         returning job
     )

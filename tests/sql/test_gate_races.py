@@ -357,6 +357,34 @@ async def test_two_redrives_and_a_bulk_send_take_keys_in_one_order(
     await well()
 
 
+@pytest.mark.parametrize(
+    ("policy", "held", "second"),
+    [
+        ("exclusive", {"key": "b"}, [{"key": "a"}, {"key": "b"}]),
+        ("exclusive", {"key": "b"}, [{"key": "b"}, {"key": "a"}]),
+        ("standard", {"id_key": "y"}, [{"id_key": "y", "key": "b"}, {"id_key": "z", "key": "a"}]),
+        ("standard", {"id_key": "y"}, [{"id_key": "y", "key": "b", "throttle": 60}, {"id_key": "z", "key": "a"}]),
+    ],
+)
+async def test_bulk_sends_take_their_keys_and_id_keys_in_one_order(
+    connection, other, third, nursery, queue, well, policy, held, second
+):
+    await queue(policy=policy)
+    first = [{"id_key": "z", "key": "a", "throttle": 60}, {"id_key": "y", "key": "b"}]
+    call = "select id from notifyq.send_many('q', '{}')"
+    async with connection.transaction(force_rollback=True):
+        await rows(connection, call.format(json.dumps([held])))
+        calls = []
+        for session, jobs in ((other, first), (third, second)):
+            bulk = Call(session, call.format(json.dumps(jobs)))
+            nursery.start_soon(bulk.run)
+            await until_waiting(connection, session)
+            calls.append(bulk)
+    answers = [await bulk.answer() for bulk in calls]
+    assert sorted(answers[0]) == sorted(answers[1])
+    await well()
+
+
 # ends and claims of one key
 
 
