@@ -8,6 +8,7 @@ import attrs
 import psycopg
 from psycopg import sql
 
+from ._errors import InvalidData
 from ._sql import raise_as_ours
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class Calls:
             return await connection.fetch(self._statement(text), [literal(argument) for argument in arguments])
         except psycopg.Error as error:
             raise_as_ours(error)
+        except RecursionError:  # JSON that SQL can hold
+            raise InvalidData("data is nested too deeply for Python to read") from None
 
     async def run(self, connection: TrioConnection, call: Bound) -> list[Any]:
         """Make a call that was bound. Raises as ``rows``."""

@@ -130,7 +130,7 @@ class Client(Planner):
         return Sent(job, created, queue)
 
     async def get(self, job: Sent[Any] | int) -> JobRecord:
-        """Look at a job in any state. Raises ``JobNotFound``."""
+        """Look at a job in any state. Raises ``JobNotFound``; ``InvalidData`` if Python cannot read what SQL has stored."""
         self._check_open()
         return await self._results.look(job_id(job))
 
@@ -146,7 +146,7 @@ class Client(Planner):
         Raises:
             JobFailed: it ended as failed or cancelled.
             JobNotFound: there is no such job, or its queue keeps no finished jobs.
-            InvalidData: the stored output is not of the declared type.
+            InvalidData: the stored output is not of the declared type, or the job is nested too deeply to be read.
         """
         record = await self.get(job)
         if not has_finished(record):

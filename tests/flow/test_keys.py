@@ -79,9 +79,8 @@ async def test_a_process_holds_a_key_to_its_own_limit_and_runs_the_others_meanwh
             await nq.result(job)
     assert sorted(number for _, number in here.order + there.order) == list(range(300))
     for running in (here, there):
-        assert running.most["a"] == 2
-        assert running.most["all"] > 2
         assert max(running.most[key] for key in running.most if key != "all") == 2
+    assert max(here.most["all"], there.most["all"]) > 2
 
 
 async def test_a_job_beyond_a_process_limit_of_its_key_starts_when_one_of_them_ends(start, nq):

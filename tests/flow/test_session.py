@@ -1087,6 +1087,10 @@ async def test_data_nested_too_deeply_for_python_fails_its_own_job_and_no_other(
     except RecursionError:
         assert state == "failed"
         assert await value(connection, "select type from notifyq.attempt where job = %s", deep) == "data_invalid"
+        for look in (nq.get, nq.result):
+            with pytest.raises(notifyq.InvalidData, match="nested too deeply"):
+                await look(deep)
+        assert (await nq.get(plain)).state == "completed"
     else:  # some versions of Python read it
         assert state == "completed"
 
