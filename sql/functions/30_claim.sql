@@ -41,7 +41,7 @@ end
 $$;
 
 -- Says why a claim like this is none. Raises NQ006 and NQ003.
-create or replace function notifyq.refuse_claim(how_many int, lease interval, key_limit int) returns void
+create or replace function notifyq.refuse_claim(how_many int, lease interval) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -52,9 +52,6 @@ begin
     end if;
     if refuse_claim.lease <= '0' then
         raise exception 'lease must be above zero, not %', refuse_claim.lease using errcode = 'NQ003';
-    end if;
-    if refuse_claim.key_limit <= 0 then
-        raise exception 'key_limit must be 1 or more, not %', refuse_claim.key_limit using errcode = 'NQ003';
     end if;
     raise exception 'how_many must be 1 or more, not %', coalesce(refuse_claim.how_many::text, 'null') using errcode = 'NQ003';
 end
@@ -116,10 +113,8 @@ declare
     late notifyq.active[];
 begin
     -- One expression where several would read better: each is paid for by every claim.
-    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)
-        and coalesce(claim.key_limit > 0, true)) is not true
-    then
-        perform notifyq.refuse_claim(claim.how_many, claim.lease, claim.key_limit);
+    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)) is not true then
+        perform notifyq.refuse_claim(claim.how_many, claim.lease);
     end if;
     -- The usual case in one query: with several, a claim on an idle system takes a third longer. Nothing is due
     -- or late, no rule holds, and all that is ready may be claimed. What this does not claim is left to what follows.
