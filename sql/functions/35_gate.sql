@@ -208,7 +208,7 @@ create or replace function notifyq.add_keys(at_work jsonb, started_keys text[]) 
 language sql immutable
 set search_path = pg_catalog, pg_temp
 as $$
-    select coalesce(add_keys.at_work, '{}') || coalesce(jsonb_object_agg(s.key, s.number + coalesce((add_keys.at_work ->> s.key)::int, 0)), '{}')
+    select coalesce(add_keys.at_work, '{}') || coalesce(jsonb_object_agg(s.key, s.number + coalesce((add_keys.at_work -> s.key)::int, 0)), '{}')
     from (select u.key, count(*)::int as number from unnest(add_keys.started_keys) u (key) group by u.key) s
 $$;
 
@@ -286,7 +286,7 @@ begin
             case when q.key_rate_limit is not null
                 then notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, sift.moment)
             end as rate,
-            sift.key_limit - coalesce((sift.at_work ->> coalesce(j.key, ''))::int, 0) as own
+            sift.key_limit - coalesce((sift.at_work -> coalesce(j.key, ''))::int, 0) as own
         from unnest(front) with ordinality f (number, job, queue, attempt, priority, place)
         join notifyq.job j on j.id = f.job
         left join lateral (
@@ -419,7 +419,7 @@ begin
                     case when q.key_rate_limit is not null
                         then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end,
                     case when take_turns.key_limit is not null
-                        then greatest(take_turns.key_limit - coalesce((working ->> t.key)::int, 0), 0) end
+                        then greatest(take_turns.key_limit - coalesce((working -> t.key)::int, 0), 0) end
                 )
                 for update skip locked
             ) b

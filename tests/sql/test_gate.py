@@ -341,7 +341,7 @@ async def test_a_claim_may_bring_so_many_of_a_key_and_steps_over_the_others(line
     assert await q.claim(10, key_limit=2) == [*a[:2], *b, c]
     assert await q.claim(10, key_limit=2, at_work='{"a": 2}') == []
     assert await q.claim(10, key_limit=2, at_work='{"a": 1, "b": 3}') == a[2:3]
-    assert await q.claim(2, key_limit=4, at_work='{"a": 2}') == a[3:5]
+    assert await q.claim(2, key_limit=4, at_work='{"a": 2.0}') == a[3:5]
     assert await q.claim(3) == ([] if "key_limit" in options else a[5:8])
 
 
