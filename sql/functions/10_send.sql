@@ -335,8 +335,9 @@ begin
         insert into notifyq.scheduled (job, queue, due_at)
         values (send_one.id, q.number, due);
     else
-        insert into notifyq.ready (queue, priority, number, job)
-        values (q.number, notifyq.line_priority(rank, q.ageing), notifyq.line_number(send_one.id, rank, q.ageing), send_one.id);
+        insert into notifyq.ready (queue, priority, number, job, turn)
+        values (q.number, notifyq.line_priority(rank, q.ageing), notifyq.line_number(send_one.id, rank, q.ageing), send_one.id,
+            case when q.fair then coalesce(send_one.key, '') end);
     end if;
 end
 $$;

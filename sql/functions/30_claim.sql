@@ -29,8 +29,9 @@ begin
         where s.job = due.job
         returning s.job, s.queue, s.attempt, s.due_at
     )
-    insert into notifyq.ready (queue, priority, number, job, attempt)
-    select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt
+    insert into notifyq.ready (queue, priority, number, job, attempt, turn)
+    select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt,
+        case when q.fair then coalesce(j.key, '') end
     from gone g
     join notifyq.job j on j.id = g.job
     join notifyq.queue q on q.number = g.queue

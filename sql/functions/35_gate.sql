@@ -135,6 +135,7 @@ declare
     sifted record;
     window_size int;
     looked_at int := 0;
+    key_by_key boolean;
     started_keys text[] := '{}';
     rated_keys text[] := '{}';
     working jsonb := admit.at_work;
@@ -154,8 +155,11 @@ begin
     room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
     window_size := greatest(room, 16);
-    while room > 0 and looked_at < most_looked_at loop
-        select * into sifted from notifyq.sift(q, window_size, room, admit.low, admit.high, admit.key_limit, working, started_keys, moment);
+    while room > 0 loop
+        key_by_key := looked_at >= most_looked_at;
+        exit when key_by_key and (not q.fair or q.policy = 'ordered');
+        select * into sifted
+        from notifyq.sift(q, window_size, room, admit.low, admit.high, admit.key_limit, working, started_keys, moment, key_by_key);
         exit when sifted.looked_at = 0;
         looked_at := looked_at + sifted.looked_at;
         jobs := jobs || sifted.jobs;
@@ -167,7 +171,7 @@ begin
         if admit.key_limit is not null then
             working := notifyq.add_keys(working, sifted.started_keys);
         end if;
-        exit when sifted.looked_at < window_size;
+        exit when key_by_key or sifted.looked_at < window_size;
         window_size := least(window_size * 4, 2000);
     end loop;
     if (q.fair or q.key_rate_limit is not null) and cardinality(started_keys || rated_keys) > 0 then
@@ -212,8 +216,52 @@ as $$
     from (select u.key, count(*)::int as number from unnest(add_keys.started_keys) u (key) group by u.key) s
 $$;
 
+-- Where the first ticket in ready of each key of a fair queue is, in the order of the line; steps from
+-- key to key, over at most a thousand of them, however many tickets each has.
+create or replace function notifyq.first_of_keys(queue notifyq.queue, how_many int, low int, high int, had_turn text[]) returns tid[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+as $$
+    with recursive step as (
+        (
+            select t.turn from notifyq.ready t
+            where t.queue = (first_of_keys.queue).number and t.turn is not null
+            order by t.turn
+            limit 1
+        )
+        union all
+        select (
+            select t.turn from notifyq.ready t
+            where t.queue = (first_of_keys.queue).number and t.turn > s.turn
+            order by t.turn
+            limit 1
+        )
+        from step s
+        where s.turn is not null
+    )
+    select array_agg(f.place)
+    from (
+        select o.place
+        from (select s.turn from step s where s.turn is not null limit 1000) k
+        cross join lateral (
+            select t.ctid as place, t.priority, t.number from notifyq.ready t
+            where t.queue = (first_of_keys.queue).number and t.turn = k.turn and t.priority between first_of_keys.low and first_of_keys.high
+            order by t.priority desc, t.number
+            limit 1
+        ) o
+        where k.turn <> all (first_of_keys.had_turn)
+        order by o.priority desc, o.number
+        limit first_of_keys.how_many
+    ) f
+$$;
+
 -- One look at the tickets in front: takes up to room that may start, moves to blocked those whose
 -- key is held, at its rate, or (in a fair queue) among those that had their turn, and leaves the rest. started_keys has one element a start.
+-- key_by_key: instead of what is in front, it looks at the first ticket of each key that has not had its turn.
 create or replace function notifyq.sift(
     queue notifyq.queue,
     how_many int,
@@ -224,6 +272,7 @@ create or replace function notifyq.sift(
     at_work jsonb,
     had_turn text[],
     moment timestamptz,
+    key_by_key boolean,
     out looked_at int,
     out jobs bigint[],
     out numbers bigint[],
@@ -249,18 +298,27 @@ declare
     passed_over text[] := '{}';
     verdict record;
 begin
-    select array_agg(row(t.number, t.job, t.queue, t.attempt, t.priority)::notifyq.ready order by t.priority desc, t.number),
-        array_agg(t.place order by t.priority desc, t.number)
-    into front, places
-    from (
-        select t.*, t.ctid as place from notifyq.ready t
-        where t.queue = q.number
-        and t.priority between sift.low and sift.high
-        and (full_keys = '{}' or not exists (select from notifyq.job j where j.id = t.job and coalesce(j.key, '') = any (full_keys)))
-        order by t.priority desc, t.number
-        limit sift.how_many
-        for update skip locked
-    ) t;
+    if sift.key_by_key then
+        select array_agg(t.ticket order by (t.ticket).priority desc, (t.ticket).number), array_agg(t.place order by (t.ticket).priority desc, (t.ticket).number)
+        into front, places
+        from (
+            select t as ticket, t.ctid as place from notifyq.ready t
+            where t.ctid = any (notifyq.first_of_keys(q, sift.how_many, sift.low, sift.high, sift.had_turn || full_keys))
+            for update skip locked
+        ) t;
+    else
+        select array_agg(t.ticket order by (t.ticket).priority desc, (t.ticket).number), array_agg(t.place order by (t.ticket).priority desc, (t.ticket).number)
+        into front, places
+        from (
+            select t as ticket, t.ctid as place from notifyq.ready t
+            where t.queue = q.number
+            and t.priority between sift.low and sift.high
+            and (full_keys = '{}' or not exists (select from notifyq.job j where j.id = t.job and coalesce(j.key, '') = any (full_keys)))
+            order by t.priority desc, t.number
+            limit sift.how_many
+            for update skip locked
+        ) t;
+    end if;
     looked_at := coalesce(cardinality(front), 0);
     if looked_at = 0 then
         return;
@@ -287,7 +345,7 @@ begin
                 then notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, sift.moment)
             end as rate,
             sift.key_limit - coalesce((sift.at_work -> coalesce(j.key, ''))::int, 0) as own
-        from unnest(front) with ordinality f (number, job, queue, attempt, priority, place)
+        from unnest(front) with ordinality f (number, job, queue, attempt, priority, turn, place)
         join notifyq.job j on j.id = f.job
         left join lateral (
             select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0

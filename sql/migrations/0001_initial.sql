@@ -86,12 +86,16 @@ create table notifyq.ready (
     job bigint not null,
     queue int not null,
     attempt int not null default 0,
-    priority smallint not null
+    priority smallint not null,
+    turn text collate "C"
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+comment on column notifyq.ready.turn is 'The key of what was sent by itself to a fair queue.';
 -- claim(): the front of one queue. Append-only within a priority, consumed front to back.
 create unique index ready_order on notifyq.ready (queue, priority desc, number);
 -- cancel(), delete(), the jobs view: the ticket of a job that is not at its own id's place.
 create unique index ready_renumbered on notifyq.ready (job) where number <> job;
+-- first_of_keys(): from key to key, when a fair queue's front is one key's.
+create index ready_turn on notifyq.ready (queue, turn, priority desc, number) where turn is not null;
 
 create table notifyq.scheduled (
     job bigint primary key,

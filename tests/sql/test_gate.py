@@ -452,6 +452,25 @@ async def test_a_bulk_send_of_one_key_delays_no_other_key_of_a_fair_queue(line, 
     assert one in await q.claim(2)
 
 
+@pytest.mark.parametrize("delayed", [False, True])
+async def test_single_sends_of_one_key_delay_no_other_key_of_a_fair_queue_however_many_they_are(line, ask, delayed):
+    q = await line(fair=True)
+    # More than one claim looks at.
+    await ask(
+        "select count(notifyq.send('q', key => 'a', delay => %s)) from generate_series(1, 6000)",
+        "1 hour" if delayed else None,
+    )
+    for key in "bcd":
+        await ask("select notifyq.send('q', key => %s, delay => %s)", key, "1 hour" if delayed else None)
+    if delayed:
+        await ask("update notifyq.scheduled set due_at = now()")
+        while await ask("select notifyq.promote((select number from notifyq.queue where name = 'q'), 10000)") != [(0,)]:
+            pass
+    await ask("select notifyq.edit(max(id), '1', null, null, null) from notifyq.job")
+    assert await ask("select key from notifyq.claim('q', 3)") == [("a",), ("b",), ("c",)]
+    assert await ask("select key from notifyq.claim('q', 2)") == [("a",), ("d",)]
+
+
 async def test_ageing_lets_a_low_priority_overtake_in_time(line, ask):
     q = await line(ageing=1)
     old, _ = await q.try_send(None, priority=0)
