@@ -8,12 +8,100 @@
 -- transaction-local setting, which ROLLBACK TO takes back together with the NOTIFY. Only a
 -- higher priority or an earlier due time rings again.
 
--- Whether to ring. 'always' until the quiet bell takes its place here.
--- No pinned search_path, so that it is inlined.
-create or replace function notifyq.somebody_may_come(queue notifyq.queue) returns boolean
+-- The quiet bell. A NOTIFY makes commits wait for each other, so it is left out while nobody would come sooner for it:
+-- each runtime that has run dry holds 'free' shared, until it has more to do than it can. Who writes a ticket, or locks
+-- one in ready, holds 'pending' shared to the end of its transaction, and a sender tests 'free' after that. A runtime that
+-- runs dry takes 'free', then tests 'pending', then looks once more: what was sent by then is seen in that look, and who
+-- sends later sees 'free' and rings. Locks are tried and never waited for; any doubt rings, or looks again.
+-- tests/unit/test_bell_model.py goes through all interleavings.
+
+-- The advisory-lock class of one purpose; the key within it is the queue's bucket.
+create or replace function notifyq.lock_class(purpose text) returns int
 language sql immutable
+set search_path = pg_catalog, pg_temp
 as $$
-    select (somebody_may_come.queue).bell <> 'never'
+    select ('x' || left(md5('notifyq' || lock_class.purpose), 8))::bit(32)::int
+$$;
+
+-- Holds 'pending' for this transaction; false if somebody is testing it at this moment.
+-- No pinned search_path, so that these three are inlined.
+create or replace function notifyq.try_pending(queue int) returns boolean
+language sql volatile
+as $$
+    select pg_try_advisory_xact_lock_shared(notifyq.lock_class('pending'), try_pending.queue % 64)
+$$;
+
+-- Whether nobody holds 'free'; false also if another sender is asking at this moment.
+create or replace function notifyq.nobody_free(queue int) returns boolean
+language sql volatile
+as $$
+    select case
+        when pg_try_advisory_lock(notifyq.lock_class('free'), nobody_free.queue % 64)
+        then pg_advisory_unlock(notifyq.lock_class('free'), nobody_free.queue % 64)
+        else false
+    end
+$$;
+
+-- Whether to ring, once the tickets are written.
+create or replace function notifyq.somebody_may_come(queue notifyq.queue) returns boolean
+language sql volatile
+as $$
+    select case (somebody_may_come.queue).bell
+        when 'never' then false
+        when 'always' then true
+        else (notifyq.try_pending((somebody_may_come.queue).number) and notifyq.nobody_free((somebody_may_come.queue).number)) is not true
+    end
+$$;
+
+-- Holds 'pending' for these queues before tickets of them are locked: what is stepped over, and then let go of, rings nothing.
+create or replace function notifyq.hold_pending(queues int[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    queue int;
+begin
+    foreach queue in array hold_pending.queues loop
+        for attempt in 1 .. 20 loop
+            exit when notifyq.try_pending(queue);
+            perform pg_sleep(0.001);
+        end loop;
+    end loop;
+end
+$$;
+
+-- A runtime has run dry: holds 'free' for these queues on its session, where it does not hold it yet, and says for each
+-- whether it stands free and nobody was pending after that. Then, in a new snapshot, whether anything is ready, and when
+-- the next ticket is due, and what the time is, both in seconds of the epoch.
+create or replace function notifyq.stand_free(queues int[], held boolean[])
+returns table (queue int, stands boolean, passed boolean, ready boolean, due float8, clock float8)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+#variable_conflict use_column
+declare
+    free constant int := notifyq.lock_class('free');
+    pending constant int := notifyq.lock_class('pending');
+begin
+    for queue, stands in select * from unnest(stand_free.queues, stand_free.held) loop
+        stands := stands or pg_try_advisory_lock_shared(free, queue % 64);
+        passed := stands and pg_try_advisory_lock(pending, queue % 64) and pg_advisory_unlock(pending, queue % 64);
+        ready := exists (select from notifyq.ready t where t.queue = stand_free.queue);
+        due := extract(epoch from notifyq.next_due(queue));
+        clock := extract(epoch from clock_timestamp());
+        return next;
+    end loop;
+end
+$$;
+
+-- A runtime has more to do than it can, or stops: lets go of 'free' for these queues, once each.
+create or replace function notifyq.stand_busy(queues int[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select pg_advisory_unlock_shared(notifyq.lock_class('free'), u.queue % 64) from unnest(stand_busy.queues) u (queue)
 $$;
 
 -- Not SECURITY DEFINER: it runs as whoever may insert a ticket, which for a producer is send().
@@ -37,14 +125,14 @@ begin
         return null;
     end if;
     for ticket in
-        select q.number as queue, t.priority, min(t.number) as number
+        select t.queue, t.priority, min(t.number) as number
         from inserted t
-        join notifyq.queue q on q.number = t.queue
-        where notifyq.somebody_may_come(q)
-        group by q.number, t.priority
-        order by q.number, t.priority desc
+        group by t.queue, t.priority
+        order by t.queue, t.priority desc
     loop
-        if coalesce((nullif(rang, '')::jsonb ->> ticket.queue::text)::int < ticket.priority, true) then
+        if coalesce((nullif(rang, '')::jsonb ->> ticket.queue::text)::int < ticket.priority, true)
+            and exists (select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_may_come(q))
+        then
             rang := set_config('notifyq.rang_ready',
                 (coalesce(nullif(rang, ''), '{}')::jsonb || jsonb_build_object(ticket.queue, ticket.priority))::text, true);
             perform pg_notify(notifyq.channel(ticket.queue), 'r:' || ticket.priority || ':' || ticket.number);
@@ -62,13 +150,14 @@ declare
     ticket record;
 begin
     for ticket in
-        select q.number as queue, extract(epoch from min(t.due_at)) as due
+        select t.queue, extract(epoch from min(t.due_at)) as due
         from inserted t
-        join notifyq.queue q on q.number = t.queue
-        where notifyq.somebody_may_come(q)
-        group by q.number
+        group by t.queue
+        order by t.queue
     loop
-        if coalesce((rang ->> ticket.queue::text)::numeric > ticket.due, true) then
+        if coalesce((rang ->> ticket.queue::text)::numeric > ticket.due, true)
+            and exists (select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_may_come(q))
+        then
             rang := rang || jsonb_build_object(ticket.queue, ticket.due);
             perform set_config('notifyq.rang_scheduled', rang::text, true);
             perform pg_notify(notifyq.channel(ticket.queue), 'd:' || ticket.due);
@@ -92,14 +181,6 @@ begin
         for each statement execute function notifyq.ring_scheduled();
     end if;
 end
-$$;
-
--- The advisory-lock class of one purpose; the key within it is the queue's bucket.
-create or replace function notifyq.lock_class(purpose text) returns int
-language sql immutable
-set search_path = pg_catalog, pg_temp
-as $$
-    select ('x' || left(md5('notifyq' || lock_class.purpose), 8))::bit(32)::int
 $$;
 
 -- Announces finished jobs on channel -1 to those who hold interest in their queue's results;

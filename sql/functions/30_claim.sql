@@ -105,6 +105,7 @@ declare
     live boolean;
     due boolean;
     gated boolean;
+    pending boolean;
     jobs bigint[];
     numbers bigint[];
     attempts int[];
@@ -127,6 +128,7 @@ begin
             where q.name = claim.queue
             and not q.paused
             and not q.gated
+            and (notifyq.try_pending(q.number) or notifyq.try_pending(q.number)) is not null
             and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
             and not exists (select from notifyq.job j where j.expires_at <= moment)
             and (
@@ -179,8 +181,9 @@ begin
             for key share
         ),
         exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
-        q.gated
-    into n, live, due, gated
+        q.gated,
+        notifyq.try_pending(q.number) or notifyq.try_pending(q.number)
+    into n, live, due, gated, pending
     from notifyq.queue q
     where q.name = claim.queue
     and not q.paused;

@@ -25,7 +25,7 @@ create table notifyq.queue (
     expire_in interval check (expire_in > '0' and expire_in <= '100 years'),
     dead_letter int references notifyq.queue (number) check (dead_letter <> number),
     max_data_bytes int not null default 1048576 check (max_data_bytes > 0),
-    bell text not null default 'always' check (bell in ('always', 'never')),
+    bell text not null default 'quiet' check (bell in ('quiet', 'always', 'never')),
     paused boolean not null default false,
     created_at timestamptz not null default now(),
     policy text not null default 'standard' check (policy in ('standard', 'short', 'singleton', 'stately', 'exclusive', 'ordered')),

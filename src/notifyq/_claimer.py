@@ -20,12 +20,13 @@ from ._demand import Floor, Rate, demand
 from ._due import DueTime
 from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
 from ._shelf import Shelf
+from ._watch import Watch
 from .events import JobClaimed, ServerTrouble
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container
 
-    from ._models import Claimed
+    from ._models import Claimed, Stance
     from .events import Events
 
 __all__ = ["Claimer"]
@@ -52,10 +53,11 @@ class Claimer:
         claim: Callable[[int, dict[int, int] | None], Awaitable[list[Claimed]]],
         claim_at_once: Callable[[int, Callable[[list[Claimed] | Exception], None]], bool],
         next_due: Callable[[], Awaitable[tuple[float | None, float]]],
+        stand_free: Callable[[], Awaitable[Stance]],
+        stand_busy: Callable[[], object],
         release: Callable[[Claimed], object],
         gone: Callable[[], object],
         priorities: tuple[int, int] | None = None,
-        quiet: bool = False,
         events: Events,
     ) -> None:
         """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue.
@@ -63,10 +65,12 @@ class Claimer:
         ``claim_at_once(how_many, answered)`` sends a claim from the beginning without waiting, if that can be done now;
         ``answered`` then gets the jobs or the error.
 
+        ``stand_free()`` makes senders ring, and says whether all do, and whether there is anything to look for. It raises
+        ``ConnectionLost`` if that can't be. After ``stand_busy()``, which never waits, they do not ring.
+
         ``release`` hands back a job that did not start; it never waits. ``gone`` is called when the queue was not there.
 
-        ``priorities`` are the lowest and the highest that ``claim`` may take. ``quiet``: it is told of what is there at
-        the start, and does not look by itself.
+        ``priorities`` are the lowest and the highest that ``claim`` may take.
         """
         self.queue = queue
         self.bell = Bell()
@@ -76,6 +80,9 @@ class Claimer:
         self._claim = claim
         self._claim_at_once = claim_at_once
         self._next_due = next_due
+        self._stand_free = stand_free
+        self._stand_busy = stand_busy
+        self._watch = Watch()
         self._release = release
         self._events = events
         self._floor = Floor(priorities)
@@ -94,7 +101,6 @@ class Claimer:
         self._refusal: Exception | None = None
         self._ending = False
         self._gone = gone
-        self._quiet = quiet
         self._paused = False
         self.full_keys: Container[str] = ()
         """Keys of which the last claim left no more to be claimed here: when a job of one of them ends, it looks again."""
@@ -105,7 +111,7 @@ class Claimer:
         """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<epoch seconds>`` or ``look``."""
         kind, _, rest = payload.partition(":")
         asked = False
-        if self._paused:
+        if self._paused or self._watch.crowded:
             return
         try:
             if kind == "r":
@@ -119,7 +125,15 @@ class Claimer:
         except ValueError:
             pass  # not from our trigger; look anyway
         if not asked:
+            if kind == "r" and not self._resting and self._watch.rang():
+                self._stand_busy()
             self.bell.ring()
+
+    def connected(self, up: bool) -> None:
+        """Notifications are heard (again) from now on, those before may have been missed; or they are heard no longer."""
+        self._watch.lost()
+        if up:
+            self.look_again()
 
     def pause(self, paused: bool) -> None:
         """Claim nothing, and hand back what has not been taken; or claim again, beginning with a look."""
@@ -180,12 +194,12 @@ class Claimer:
         """Claim until cancelled. A claim under way is finished, so that no job is claimed and forgotten."""
         task_status.started()
         self._begun_at = trio.current_time()
-        if not self._quiet:
-            self.bell.ring()
+        self.bell.ring()
         try:
             await self._claim_for_ever()
         finally:
             self._ending = True
+            self._stand_busy()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT):
                 await self._wait_answered()
 
@@ -195,7 +209,8 @@ class Claimer:
             await self._wait_for_work()
             self._hand_back_stale()
             try:
-                await self._drain()
+                if await self._must_look():
+                    self._watch.dry(await self._drain(), trio.current_time())
                 if self._due.unknown or self._due.at <= trio.current_time():
                     await self._learn_due()
                 failures = 0
@@ -207,6 +222,25 @@ class Claimer:
                 failures += 1
                 await trio.sleep(reconnect_delay(failures, self._random))
                 self.look_again()
+
+    async def _must_look(self) -> bool:
+        """Stand free, unless senders know already what is to be known. False: that showed that there is nothing."""
+        if self._watch.told or self._watch.crowded or self._refusal is not None:
+            return True
+        self.bell.clear()
+        self._due.learning()
+        try:
+            stance = await self._stand_free()
+        except ConnectionLost:
+            self._due.unknown = True
+            return True
+        now = trio.current_time()
+        self._watch.stood(stance.passed, now)
+        self._due.learned(stance.due, stance.clock, now)
+        if stance.ready or (stance.due is not None and stance.due <= stance.clock):
+            return True
+        self._looked_at = now
+        return False
 
     def _ask(self) -> bool:
         """Send a claim now, before the scheduler comes to any task of ours: that is much of the time from send to start."""
@@ -240,11 +274,13 @@ class Claimer:
 
     async def _wait_for_work(self) -> None:
         self._resting = True
+        if not self.bell.rung:
+            self._watch.rested()
         try:
             while self._paused:
                 self.bell.clear()
                 await self.bell.wait()
-            wake_at = min(self._due.at, self.shelf.stale_at())
+            wake_at = min(self._due.at, self.shelf.stale_at(), self._watch.look_at)
             if self._poll_interval is not None:
                 wake_at = min(wake_at, max(self._looked_at, self._begun_at) + self._poll_interval)
             with trio.move_on_at(wake_at):
@@ -263,7 +299,9 @@ class Claimer:
         for job in jobs:
             self._release(job)
 
-    async def _drain(self) -> None:
+    async def _drain(self) -> int:
+        """Claim until there is no more; returns how many jobs that brought."""
+        brought = 0
         await self._wait_answered()
         if self._refusal is not None:
             refusal, self._refusal = self._refusal, None
@@ -274,7 +312,7 @@ class Claimer:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self._wait_room()
             if self._paused:
-                return
+                return brought
             self.bell.clear()
             now = trio.current_time()
             whole = dry or not self._floor.numbers or now >= self._looked_at + self._look_interval()
@@ -286,11 +324,12 @@ class Claimer:
                 self._looked(now, jobs)
             else:
                 self._deliver(jobs)
+            brought += len(jobs)
             if len(jobs) < how_many:
                 # With a floor that may only mean that the rest lies below it: look before resting.
                 dry = True
                 if whole and not self.bell.rung:
-                    return
+                    return brought
             else:
                 dry = False
 

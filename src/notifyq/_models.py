@@ -252,6 +252,17 @@ class Beat:
 
 
 @attrs.frozen
+class Stance:
+    """What ``stand_free()`` told of one queue: see ``sql/functions/20_bell.sql``."""
+
+    stands: bool
+    passed: bool
+    ready: bool
+    due: float | None
+    clock: float
+
+
+@attrs.frozen
 class QueueInfo:
     """A queue as the runtime needs it."""
 

@@ -334,8 +334,8 @@ def _plain_option(name: str, value: Any) -> Any:
                 raise InvalidOption(f"policy must be one of {', '.join(_POLICIES)}, not {value!a:.100}")
             return value
         case "bell":
-            if not isinstance(value, str) or value not in ("always", "never"):
-                raise InvalidOption(f"bell must be 'always' or 'never', not {value!a:.100}")
+            if not isinstance(value, str) or value not in ("quiet", "always", "never"):
+                raise InvalidOption(f"bell must be 'quiet', 'always' or 'never', not {value!a:.100}")
             return value
     return check_option(name, value)
 

@@ -38,18 +38,14 @@ class Roster:
     def __init__(
         self,
         queues: Sequence[Queue[Any, Any]],
-        make: Callable[[Queue[Any, Any], QueueInfo, bool], QueueWorker],
+        make: Callable[[Queue[Any, Any], QueueInfo], QueueWorker],
         *,
         pool: Pool,
         store: Store,
         listener: Listener,
-        beat_soon: Callable[[], object],
         events: Events,
     ) -> None:
-        """``make(queue, info, quiet)`` gives the worker of one queue; a quiet one looks when it is told of jobs.
-
-        ``beat_soon`` asks for a beat, which tells of those.
-        """
+        """``make(queue, info)`` gives the worker of one queue."""
         self._plain = {queue.name: queue for queue in queues if not queue.is_pattern}
         self._patterns = [queue for queue in queues if queue.is_pattern]
         self.names = tuple(queue.name for queue in queues)
@@ -57,7 +53,6 @@ class Roster:
         self._pool = pool
         self._store = store
         self._listener = listener
-        self._beat_soon = beat_soon
         self._events = events
         self._random = random.Random()
         self._serving: dict[int, QueueWorker] = {}
@@ -66,10 +61,8 @@ class Roster:
         self._bell = Bell()
         self._open = trio.CancelScope()
         self._told_serves: str | None = ""
-        self._connects = 0
-        self._beat_sees = 0
-        self._seen = 0
         listener.on_connected(self._connected)
+        listener.on_disconnected(self._disconnected)
 
     @property
     def workers(self) -> list[QueueWorker]:
@@ -84,7 +77,6 @@ class Roster:
 
     def before_beat(self) -> tuple[list[int], list[int | None] | None, list[int | None] | None]:
         """What the beat is to ask: queue numbers, and the bounds of the priorities that count in each."""
-        self._beat_sees = self._connects
         bounds = [worker.priorities or (None, None) for worker in self._serving.values()]
         if not any(worker.priorities for worker in self._serving.values()):
             return list(self._serving), None, None
@@ -95,29 +87,24 @@ class Roster:
         if beat.renewed and beat.serves != self._told_serves:
             self._told_serves = beat.serves
             self._bell.ring()
-        missed = self._beat_sees > self._seen  # it was sent after a connect, before which nothing was heard
-        self._seen = self._beat_sees
         ready = set(beat.ready)
         for worker in self.workers:
             worker.cancel(beat.cancels)
             worker.executor.give_up_stuck()
         for number, worker in self._serving.items():
-            if number in ready and missed and worker.quiet:
-                worker.claimer.look_again()
-            elif number in ready:
+            if number in ready:
                 worker.claimer.poll()
             if (due_in := beat.due_in.get(str(number))) is not None:
                 worker.claimer.due_in(due_in)
 
     def _connected(self) -> None:
-        """Notifications may have been missed. The workers of patterns may be many: the beat says which need to look."""
-        self._connects += 1
         for worker in self._serving.values():
-            if not worker.quiet:
-                worker.claimer.look_again()
-        if self._patterns:
-            self._beat_soon()
+            worker.claimer.connected(True)
         self._bell.ring()
+
+    def _disconnected(self) -> None:
+        for worker in self._serving.values():
+            worker.claimer.connected(False)
 
     # workers
 
@@ -168,11 +155,9 @@ class Roster:
             else:
                 added.append(self._add(one))
         if added:
-            # From here on they hear; what was sent before that the beat knows.
             with contextlib.suppress(ConnectionLost):
                 await self._listener.hear()
             await self._start(running, added)
-            self._beat_soon()
 
     async def _served(self) -> list[Served]:
         """On the listening connection, which is at rest most of the time, or another."""
@@ -183,11 +168,9 @@ class Roster:
 
     def _add(self, one: Served) -> QueueWorker:
         queue = self._plain.get(one.name)
-        if queue is None:  # the patterns may have many: they are quiet
-            pattern = next(each for each in self._patterns if each.serves(one.name))
-            worker = self._make(pattern.named(one.name), one.info, True)
-        else:
-            worker = self._make(queue, one.info, False)
+        if queue is None:
+            queue = next(each for each in self._patterns if each.serves(one.name)).named(one.name)
+        worker = self._make(queue, one.info)
         self._serving[one.info.number] = worker
         worker.claimer.pause(one.paused)
         self._listener.add_channel(one.info.channel, worker.claimer.heard)

@@ -27,6 +27,7 @@ from ._scheduler import Scheduler
 from ._schema import VERSION
 from ._settler import Settler
 from ._sql import seconds
+from ._standing import Standing
 from ._watchdog import Watchdog
 from ._worker import QueueWorker
 from .events import RuntimeStarted, RuntimeStopped
@@ -81,6 +82,7 @@ class Session:
         self._pool = pool
         self._store = store
         self._listener = listener
+        self._standing = Standing(listener, store)
         self._settler = Settler(pool, store, settings.id, settings.events)
         self._maintenance = Maintenance(pool, store, settings.events)
         self._scheduler = Scheduler(pool, store.schedules, settings.events)
@@ -99,7 +101,6 @@ class Session:
             pool=pool,
             store=store,
             listener=listener,
-            beat_soon=self._heart.soon,
             events=settings.events,
         )
         self._atomic = Atomic(handlers, store, settings.id, settings.events)
@@ -114,7 +115,7 @@ class Session:
     def _workers(self) -> list[QueueWorker]:
         return self._roster.workers
 
-    def _make_worker(self, queue: Queue[Any, Any], info: QueueInfo, quiet: bool) -> QueueWorker:
+    def _make_worker(self, queue: Queue[Any, Any], info: QueueInfo) -> QueueWorker:
         return QueueWorker(
             queue,
             info,
@@ -128,8 +129,8 @@ class Session:
             events=self._events,
             turn=self._turn,
             atomic=self._atomic,
+            standing=self._standing,
             gone=self._roster.look,
-            quiet=quiet,
         )
 
     async def begin(self, *, declare: bool) -> None:
@@ -176,6 +177,7 @@ class Session:
         async with trio.open_nursery() as support, trio.open_nursery() as running:
             try:
                 await support.start(self._listener.run)
+                await support.start(self._standing.run)
                 await support.start(self._settler.run)
                 await support.start(self._heart.run)
                 await support.start(Watchdog(self._settings.lease, self._events).run)

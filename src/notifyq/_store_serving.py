@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, LiteralString
 
-from ._models import Beat, QueueInfo, Served
+from ._models import Beat, QueueInfo, Served, Stance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +46,21 @@ class Serving:
             " from {s}.beat($1::uuid, $2::int[], $3::int[], $4::int[])"
         )
         return Beat(*await self._calls.row(connection, statement, runtime, queues, lows, highs))
+
+    async def stand_free(
+        self, connection: TrioConnection, queues: Sequence[int], held: Sequence[bool]
+    ) -> dict[int, Stance]:
+        """Stand free for these queues, on the listening connection; ``held``: for which of them it does so already."""
+        rows = await self._calls.rows(
+            connection,
+            "select queue, stands, passed, ready, due, clock from {s}.stand_free($1::int[], $2::boolean[])",
+            queues,
+            held,
+        )
+        return {queue: Stance(*rest) for queue, *rest in rows}
+
+    async def stand_busy(self, connection: TrioConnection, queues: Sequence[int]) -> None:
+        await self._calls.rows(connection, "select {s}.stand_busy($1::int[])", queues)
 
     async def pause(self, connection: TrioConnection, queue: str) -> bool:
         return bool(await self._calls.value(connection, "select {s}.pause($1)", queue))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ._pool import Pool
     from ._queue import Queue
     from ._settler import Settler
+    from ._standing import Standing
     from ._store import Store
     from .events import Events
 
@@ -50,17 +52,16 @@ class QueueWorker:
         events: Events,
         turn: QuickLock,
         atomic: Atomic,
+        standing: Standing,
         gone: Callable[[], object],
-        quiet: bool,
     ) -> None:
-        """``gone`` is called when the queue was not there any longer. ``quiet``: see ``Claimer``.
+        """``gone`` is called when the queue was not there any longer.
 
         ``turn`` is shared by a process's claimers: one claims at a time, so that many queues need few connections.
         """
         worker = queue.worker_function
         assert worker is not None
         self.queue = queue
-        self.quiet = quiet
         self.priorities = worker.priorities
         self._key_limit = worker.key_limit
         self.info = info
@@ -77,10 +78,11 @@ class QueueWorker:
             claim=self._claim,
             claim_at_once=self._claim_at_once,
             next_due=self._next_due,
+            stand_free=partial(standing.free, info.number),
+            stand_busy=partial(standing.busy, info.number),
             release=self._release,
             gone=gone,
             priorities=worker.priorities,
-            quiet=quiet,
             events=events,
         )
         self.executor = Executor(

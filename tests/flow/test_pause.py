@@ -12,6 +12,7 @@ import notifyq
 from notifyq import Job, Queue
 from notifyq._claimer import Claimer
 from notifyq._listener import Listener
+from notifyq._models import Stance
 from notifyq._worker import QueueWorker
 from notifyq.events import Events, JobClaimed, JobCompleted, ListenerDown, ListenerUp, ServerTrouble
 from notifyq.testing import run_waiting
@@ -278,6 +279,9 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
     async def next_due() -> tuple[None, float]:
         return None, 0.0
 
+    async def stand_free() -> Stance:
+        return Stance(stands=True, passed=True, ready=True, due=None, clock=0.0)
+
     def claim_at_once(_how_many: int, _answered: Callable[[list[Claimed] | Exception], None]) -> bool:
         return False
 
@@ -288,6 +292,8 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
         claim=claim,
         claim_at_once=claim_at_once,
         next_due=next_due,
+        stand_free=stand_free,
+        stand_busy=lambda: None,
         release=released.append,
         gone=lambda: None,
         events=Events(),

@@ -847,7 +847,7 @@ async def test_a_cancelled_job_of_a_batch_that_then_raises_is_alone_not_retried(
 
 
 async def test_stop_is_heeded_when_a_job_arrives_during_every_claim(start, nq, monkeypatch):
-    queue = Queue("q", int, int)
+    queue = Queue("q", int, int, bell="always")
     sends = True
     rang = trio.Event()
     heard, claim = Listener._heard, Store.claim

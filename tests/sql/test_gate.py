@@ -454,7 +454,7 @@ async def test_a_bulk_send_of_one_key_delays_no_other_key_of_a_fair_queue(line, 
 
 @pytest.mark.parametrize("delayed", [False, True])
 async def test_single_sends_of_one_key_delay_no_other_key_of_a_fair_queue_however_many_they_are(line, ask, delayed):
-    q = await line(fair=True)
+    await line(fair=True)
     # More than one claim looks at.
     await ask(
         "select count(notifyq.send('q', key => 'a', delay => %s)) from generate_series(1, 6000)",

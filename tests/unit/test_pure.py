@@ -24,7 +24,7 @@ from notifyq._claimer import Claimer
 from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, demand
 from notifyq._errors import NoLease
-from notifyq._models import Claimed
+from notifyq._models import Claimed, Stance
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
 from notifyq.events import Events
@@ -302,6 +302,9 @@ def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[An
     async def next_due() -> tuple[None, float]:
         return None, 0.0
 
+    async def stand_free() -> Stance:
+        return Stance(stands=True, passed=True, ready=False, due=None, clock=0.0)
+
     return Claimer(
         "q",
         capacity=3,
@@ -309,6 +312,8 @@ def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[An
         claim=claim,
         claim_at_once=claim_at_once,
         next_due=next_due,
+        stand_free=stand_free,
+        stand_busy=lambda: None,
         release=release,
         gone=lambda: None,
         events=Events(),

@@ -1,0 +1,83 @@
+"""Tells senders for which queues this process has somebody free: by advisory locks on the listening connection.
+
+The protocol is in ``sql/functions/20_bell.sql``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import attrs
+import trio
+
+from ._bell import Bell
+from ._errors import ConnectionLost
+
+if TYPE_CHECKING:
+    from ._connection import TrioConnection
+    from ._listener import Listener
+    from ._models import Stance
+    from ._store import Store
+
+__all__ = ["Standing"]
+
+
+@attrs.define(eq=False)
+class _Question:
+    answer: Stance | None = None
+
+
+class Standing:
+    """Which queues stand free. What many claimers ask together is one statement."""
+
+    def __init__(self, listener: Listener, store: Store) -> None:
+        self._listener = listener
+        self._store = store
+        self._wanted: set[int] = set()
+        self._held: set[int] = set()
+        self._asked: dict[int, _Question] = {}
+        self._bell = Bell()
+        listener.on_connected(self._held.clear)
+        listener.on_disconnected(self._held.clear)
+
+    async def free(self, queue: int) -> Stance:
+        """Stand free, and learn whether all who send from now on will ring. Raises ``ConnectionLost``."""
+        self._wanted.add(queue)
+        question = self._asked.setdefault(queue, _Question())
+        await self._listener.call(self._answer)
+        if question.answer is None:
+            raise ConnectionLost("the listening connection broke")
+        return question.answer
+
+    def busy(self, queue: int) -> None:
+        """Stand free no longer, soon: until then senders ring in vain."""
+        self._wanted.discard(queue)
+        self._bell.ring()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Let go of what is not wanted any longer, until cancelled."""
+        task_status.started()
+        while True:
+            await self._bell.wait()
+            self._bell.clear()
+            if self._held - self._wanted:
+                with contextlib.suppress(ConnectionLost):
+                    await self._listener.call(self._let_go)
+
+    async def _answer(self, connection: TrioConnection) -> None:
+        asked, self._asked = self._asked, {}
+        if not asked:  # with somebody else's question
+            return
+        stances = await self._store.stand_free(connection, list(asked), [queue in self._held for queue in asked])
+        for queue, stance in stances.items():
+            asked[queue].answer = stance
+            if stance.stands:
+                self._held.add(queue)
+        if self._held - self._wanted:
+            self._bell.ring()
+
+    async def _let_go(self, connection: TrioConnection) -> None:
+        gone = self._held - self._wanted
+        self._held -= gone
+        await self._store.stand_busy(connection, list(gone))
