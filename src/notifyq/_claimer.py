@@ -16,7 +16,7 @@ import trio
 from ._backoff import reconnect_delay
 from ._bell import Bell
 from ._connection import ANSWER_TIMEOUT
-from ._demand import Floor, Rate, demand
+from ._demand import Floor, Looks, Rate, demand
 from ._due import DueTime
 from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
 from ._shelf import Shelf
@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from .events import Events
 
 __all__ = ["Claimer"]
-
-LOOK_EVERY = 1.0
-"""Seconds between looks from the beginning while busy, for what no notification told of."""
-
-LOOK_SHARE = 0.05
-"""Share of the time that such looks may take: a long-open snapshot makes them dear."""
-
-CHEAP_LOOK = 0.004
-"""Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
 
 class Claimer:
@@ -90,8 +81,7 @@ class Claimer:
         self._room = Bell()
         self._running = 0
         self._idle_demand = 0
-        self._looked_at = -math.inf
-        self._look_seconds = 0.0
+        self._looks = Looks()
         self._due = DueTime()
         self._random = random.Random()
         self._resting = False
@@ -117,7 +107,10 @@ class Claimer:
             if kind == "r":
                 if not self._floor.heard(rest):
                     return
-                asked = self._ask()
+                if self._watch.rang(self._resting, trio.current_time()):
+                    self._stand_busy()
+                else:
+                    asked = self._ask()
             elif kind != "d":
                 self._due.unknown = True
             elif not self._due.heard(rest):
@@ -125,8 +118,6 @@ class Claimer:
         except ValueError:
             pass  # not from our trigger; look anyway
         if not asked:
-            if kind == "r" and not self._resting and self._watch.rang():
-                self._stand_busy()
             self.bell.ring()
 
     def connected(self, up: bool) -> None:
@@ -148,7 +139,7 @@ class Claimer:
 
     def look_again(self) -> None:
         """Look from the beginning, and for the next due time: notifications may have been missed."""
-        self._looked_at = -math.inf
+        self._looks.at = -math.inf
         self._due.unknown = True
         self.bell.ring()
 
@@ -159,7 +150,7 @@ class Claimer:
 
     def poll(self) -> None:
         """The beat saw ready jobs: look, unless the queue's own poll interval says that it is too early."""
-        if self._poll_interval is None or trio.current_time() >= self._looked_at + self._poll_interval:
+        if self._poll_interval is None or trio.current_time() >= self._looks.at + self._poll_interval:
             self.look_again()
 
     async def take(self, how_many: int) -> list[Claimed]:
@@ -239,12 +230,12 @@ class Claimer:
         self._due.learned(stance.due, stance.clock, now)
         if stance.ready or (stance.due is not None and stance.due <= stance.clock):
             return True
-        self._looked_at = now
+        self._looks.at = now
         return False
 
     def _ask(self) -> bool:
         """Send a claim now, before the scheduler comes to any task of ours: that is much of the time from send to start."""
-        if not self._resting or self.bell.rung or self._asked_for or self._look_seconds >= CHEAP_LOOK:
+        if not self._resting or self.bell.rung or self._asked_for or not self._looks.cheap:
             return False
         how_many = self._idle_demand or self._demand()
         if not how_many or not self._claim_at_once(how_many, self._hear):
@@ -282,7 +273,7 @@ class Claimer:
                 await self.bell.wait()
             wake_at = min(self._due.at, self.shelf.stale_at(), self._watch.look_at)
             if self._poll_interval is not None:
-                wake_at = min(wake_at, max(self._looked_at, self._begun_at) + self._poll_interval)
+                wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
             with trio.move_on_at(wake_at):
                 await self.bell.wait()
         finally:
@@ -307,7 +298,7 @@ class Claimer:
             refusal, self._refusal = self._refusal, None
             raise refusal
         # One look from the beginning finds all; only when such looks are dear is the floor tried first.
-        dry = self._look_seconds < CHEAP_LOOK
+        dry = self._looks.cheap
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self._wait_room()
@@ -315,7 +306,7 @@ class Claimer:
                 return brought
             self.bell.clear()
             now = trio.current_time()
-            whole = dry or not self._floor.numbers or now >= self._looked_at + self._look_interval()
+            whole = dry or not self._floor.numbers or self._looks.is_due(now)
             with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
                 jobs = await self._claim(how_many, None if whole else self._floor.numbers)
             if patience.cancelled_caught:
@@ -335,14 +326,10 @@ class Claimer:
 
     def _looked(self, since: float, jobs: list[Claimed]) -> None:
         """A claim from the beginning brought these."""
-        self._looked_at = trio.current_time()
-        self._look_seconds = self._looked_at - since
+        self._looks.made(since, trio.current_time())
         if not jobs:
             self._floor.reset()
         self._deliver(jobs)
-
-    def _look_interval(self) -> float:
-        return max(LOOK_EVERY, self._look_seconds / LOOK_SHARE)
 
     async def _wait_room(self) -> int:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import attrs
 if TYPE_CHECKING:
     from ._models import Claimed
 
-__all__ = ["Floor", "Rate", "demand"]
+__all__ = ["Floor", "Looks", "Rate", "demand"]
 
 PREFETCH_SECONDS = 0.1
 """Observed work claimed beyond what can start at once: enough to hide a round trip, too little to starve a peer."""
@@ -20,6 +21,15 @@ PREFETCH_MAX = 2000
 
 TRAIL_SECONDS = 1.0
 """How far the floor trails the head: transactions may commit a lower number this much later unnoticed."""
+
+LOOK_EVERY = 1.0
+"""Seconds between looks from the beginning while busy, for what no notification told of."""
+
+LOOK_SHARE = 0.05
+"""Share of the time that such looks may take: a long-open snapshot makes them dear."""
+
+CHEAP_LOOK = 0.004
+"""Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
 MEASURE_SECONDS = 0.02
 MEASURE_COUNT = 10
@@ -84,6 +94,27 @@ class Floor:
         """Forget everything: the next look from the beginning shows where the live part begins."""
         self.numbers.clear()
         self._samples.clear()
+
+
+@attrs.define(eq=False)
+class Looks:
+    """When the ready index was last looked at from its beginning, and how long that took."""
+
+    at: float = -math.inf
+    seconds: float = 0.0
+
+    @property
+    def cheap(self) -> bool:
+        """A look from the beginning costs no more than one from the floor."""
+        return self.seconds < CHEAP_LOOK
+
+    def made(self, since: float, now: float) -> None:
+        """One was begun then, and has ended."""
+        self.at, self.seconds = now, now - since
+
+    def is_due(self, now: float) -> bool:
+        """It is time for another one, though busy."""
+        return now >= self.at + max(LOOK_EVERY, self.seconds / LOOK_SHARE)
 
 
 @attrs.define(eq=False)

@@ -8,11 +8,18 @@ import attrs
 
 __all__ = ["Watch"]
 
-USELESS_RINGS = 16
-"""Rings that came while it was at work anyway, without a rest: from there on senders are spared their NOTIFY."""
+RINGS = 16
+"""So many rings while it was at work, and it looks by itself from then on: it would have looked anyway."""
 
-PAUSE = 0.002
-"""Seconds between the looks of a claimer that is not told, as long as they bring jobs."""
+RING_PACE = 0.01
+"""Seconds: at rest, rings that follow each other as fast make it try whether looking by itself brings more at a time. Then
+the rings are what keeps senders from being faster, since commits with a NOTIFY wait for each other."""
+
+FEWEST_RINGS, MOST_RINGS = 4, 512
+"""How many such rings it takes: the fewer the more often that did bring more, the more the more often it did not."""
+
+PAUSE, EMPTY_LOOKS = 0.002, 4
+"""Seconds between looks by itself, and how many must bring nothing, one after the other, before it stands free again."""
 
 FIRST_LOOKS = (0.001, 0.002, 0.004)
 LATER_LOOK, LAST_LOOK = 0.005, 0.25
@@ -29,21 +36,34 @@ class Watch:
     """It has so much to do that it looks by itself."""
     look_at: float = math.inf
     """When it looks by itself, on the event loop's clock."""
-    _rings: int = 0
+    _rings_at_work: int = 0
+    _rings_at_rest: int = 0
+    _rings_since: float = 0.0
+    _patience: int = RINGS
     _looks: int = 0
+    _empty_looks: int = 0
+    _brought: int = 0
     _looking_since: float = 0.0
 
-    def rang(self) -> bool:
-        """A ring came while it was at work. True: that is enough, it is crowded from now on."""
-        self._rings += 1
-        if not self.told or self._rings < USELESS_RINGS:
+    def rang(self, resting: bool, now: float) -> bool:
+        """A ring came. True: so many have come that it is crowded from now on."""
+        if self.crowded:
+            return False
+        if resting:
+            if now - self._rings_since > self._patience * RING_PACE:
+                self._rings_at_rest, self._rings_since = 0, now
+            self._rings_at_rest += 1
+        else:
+            self._rings_at_work += 1
+        if self._rings_at_rest < self._patience and self._rings_at_work < RINGS:
             return False
         self.told, self.crowded = False, True
+        self._rings_at_rest = self._rings_at_work = self._looks = self._empty_looks = self._brought = 0
         return True
 
     def rested(self) -> None:
         """It has nothing to do."""
-        self._rings = 0
+        self._rings_at_work = 0
 
     def stood(self, passed: bool, now: float) -> None:
         """It stands free; ``passed``: and nobody was under way after that."""
@@ -62,9 +82,16 @@ class Watch:
 
     def dry(self, brought: int, now: float) -> None:
         """It has looked until there was no more, and that brought so many jobs."""
-        if self.crowded:
-            self.crowded = brought > 0
-            self.look_at = now + (PAUSE if brought else 0.0)
+        if not self.crowded:
+            return
+        self._looks += 1
+        self._brought += brought
+        self._empty_looks = 0 if brought else self._empty_looks + 1
+        self.look_at = now + PAUSE
+        if self._empty_looks == EMPTY_LOOKS:
+            paid = self._brought > 2 * self._looks
+            self._patience = max(self._patience // 2, FEWEST_RINGS) if paid else min(2 * self._patience, MOST_RINGS)
+            self.crowded, self.look_at, self._looks = False, now, 0
 
     def lost(self) -> None:
         """The connection that stood free has gone: nobody rings, and it looks when it is connected again."""

@@ -52,7 +52,7 @@ async def idle(seconds: float = 0.2) -> None:
 @pytest.mark.parametrize("dear", [False, True], ids=["from the beginning", "from the floors"])
 async def test_each_takes_its_own_and_together_all(start, nq, monkeypatch, dear):
     if dear:
-        monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", -1.0)
+        monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
     high: list[int] = []
     middle: list[int] = []
     low: list[int] = []

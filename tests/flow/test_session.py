@@ -121,7 +121,7 @@ async def test_a_garbage_notification_ends_nothing_and_cancels_nothing(start, nq
 async def test_a_forged_floor_is_not_asked_for_when_looks_from_the_beginning_are_dear(
     start, nq, connection, monkeypatch, payload
 ):
-    monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", 0.0)
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", 0.0)
     queue = Queue("q", int, int)
     heard = trio.Event()
 
@@ -895,7 +895,7 @@ async def next_beat(connection: TrioConnection) -> None:
 
 async def until_it_would_claim_there(monkeypatch: pytest.MonkeyPatch, connection: TrioConnection) -> None:
     """Until the listening connection has just been used for a beat and is free; no claim is too slow for it."""
-    monkeypatch.setattr("notifyq._claimer.CHEAP_LOOK", HOUR)
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", HOUR)
     await next_beat(connection)
     await idle()
 
