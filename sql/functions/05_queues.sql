@@ -247,7 +247,6 @@ declare
     q constant notifyq.queue := line_up.queue;
 begin
     perform notifyq.lock_gate(q.number);
-    perform notifyq.hold_pending(array[q.number]);
     -- What is active first: handed back, it comes before what has not been claimed.
     update notifyq.active a
     set number = n.number

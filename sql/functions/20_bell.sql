@@ -8,12 +8,13 @@
 -- transaction-local setting, which ROLLBACK TO takes back together with the NOTIFY. Only a
 -- higher priority or an earlier due time rings again.
 
--- The quiet bell. A NOTIFY makes commits wait for each other, so it is left out while nobody would come sooner for it:
--- each runtime that has run dry holds 'free' shared, until it has more to do than it can. Who writes a ticket, or locks
--- one in ready, holds 'pending' shared to the end of its transaction, and a sender tests 'free' after that. A runtime that
--- runs dry takes 'free', then tests 'pending', then looks once more: what was sent by then is seen in that look, and who
--- sends later sees 'free' and rings. Locks are tried and never waited for; any doubt rings, or looks again.
--- tests/unit/test_bell_model.py goes through all interleavings.
+-- The quiet bell. Commits with a NOTIFY wait for each other, so it is left out while nobody would come sooner for it: each
+-- runtime that has run dry holds 'free' shared, until it has more to do than it can. Who has written a ticket takes
+-- 'pending' shared, to the end of its transaction, and tests 'free' after that. A runtime that runs dry takes 'free',
+-- tests 'pending' after that, and then looks once more: whoever was before it in that has committed, and that look sees
+-- the ticket; whoever comes after it sees 'free', and rings. Locks are tried and never waited for; any doubt rings, or looks
+-- again. A ticket that is visible but held by somebody else is a doubt, too: see any_left().
+-- tests/unit/test_bell_model.py goes through all interleavings of this.
 
 -- The advisory-lock class of one purpose; the key within it is the queue's bucket.
 create or replace function notifyq.lock_class(purpose text) returns int
@@ -23,51 +24,19 @@ as $$
     select ('x' || left(md5('notifyq' || lock_class.purpose), 8))::bit(32)::int
 $$;
 
--- Holds 'pending' for this transaction; false if somebody is testing it at this moment.
--- No pinned search_path, so that these three are inlined.
-create or replace function notifyq.try_pending(queue int) returns boolean
-language sql volatile
-as $$
-    select pg_try_advisory_xact_lock_shared(notifyq.lock_class('pending'), try_pending.queue % 64)
-$$;
-
--- Whether nobody holds 'free'; false also if another sender is asking at this moment.
-create or replace function notifyq.nobody_free(queue int) returns boolean
-language sql volatile
-as $$
-    select case
-        when pg_try_advisory_lock(notifyq.lock_class('free'), nobody_free.queue % 64)
-        then pg_advisory_unlock(notifyq.lock_class('free'), nobody_free.queue % 64)
-        else false
-    end
-$$;
-
--- Whether to ring, once the tickets are written.
+-- Whether to ring, once the tickets are written. Taking 'pending' fails if a runtime is testing it at this moment,
+-- testing 'free' also if another sender is. No pinned search_path, so that it is inlined.
 create or replace function notifyq.somebody_may_come(queue notifyq.queue) returns boolean
 language sql volatile
 as $$
-    select case (somebody_may_come.queue).bell
-        when 'never' then false
-        when 'always' then true
-        else (notifyq.try_pending((somebody_may_come.queue).number) and notifyq.nobody_free((somebody_may_come.queue).number)) is not true
+    select case
+        when (somebody_may_come.queue).bell = 'never' then false
+        when (somebody_may_come.queue).bell = 'always' then true
+        when not pg_try_advisory_xact_lock_shared(notifyq.lock_class('pending'), (somebody_may_come.queue).number % 64) then true
+        when pg_try_advisory_lock(notifyq.lock_class('free'), (somebody_may_come.queue).number % 64)
+            then not pg_advisory_unlock(notifyq.lock_class('free'), (somebody_may_come.queue).number % 64)
+        else true
     end
-$$;
-
--- Holds 'pending' for these queues before tickets of them are locked: what is stepped over, and then let go of, rings nothing.
-create or replace function notifyq.hold_pending(queues int[]) returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-    queue int;
-begin
-    foreach queue in array hold_pending.queues loop
-        for attempt in 1 .. 20 loop
-            exit when notifyq.try_pending(queue);
-            perform pg_sleep(0.001);
-        end loop;
-    end loop;
-end
 $$;
 
 -- A runtime has run dry: holds 'free' for these queues on its session, where it does not hold it yet, and says for each

@@ -105,7 +105,6 @@ declare
     live boolean;
     due boolean;
     gated boolean;
-    pending boolean;
     jobs bigint[];
     numbers bigint[];
     attempts int[];
@@ -128,7 +127,6 @@ begin
             where q.name = claim.queue
             and not q.paused
             and not q.gated
-            and (notifyq.try_pending(q.number) or notifyq.try_pending(q.number)) is not null
             and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
             and not exists (select from notifyq.job j where j.expires_at <= moment)
             and (
@@ -181,9 +179,8 @@ begin
             for key share
         ),
         exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
-        q.gated,
-        notifyq.try_pending(q.number) or notifyq.try_pending(q.number)
-    into n, live, due, gated, pending
+        q.gated
+    into n, live, due, gated
     from notifyq.queue q
     where q.name = claim.queue
     and not q.paused;
@@ -292,6 +289,22 @@ begin
         end if;
     end if;
 end
+$$;
+
+-- Call after a claim from the beginning that brought fewer than were asked for: true if tickets are left. Others hold
+-- them, and may let go of them without a word (their claim is undone, say), so it is to be tried again. Not for queues
+-- with a gate, whose tickets nobody takes side by side, and some of which may not start.
+create or replace function notifyq.any_left(queue text, min_priority int default null, max_priority int default null) returns boolean
+language sql volatile
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    select exists (
+        select from notifyq.ready t
+        where t.queue = (select q.number from notifyq.queue q where q.name = any_left.queue and not q.paused and not q.gated)
+        and t.priority between coalesce(any_left.min_priority, -32768) and coalesce(any_left.max_priority, 32767)
+    )
 $$;
 
 -- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null, also

@@ -49,9 +49,6 @@ declare
     blocked notifyq.active[];
     more notifyq.active[];
 begin
-    if 'ready' = any (leave_waiting.states) then
-        perform notifyq.hold_pending(array(select distinct j.queue from notifyq.job j where j.id = any (leave_waiting.jobs)));
-    end if;
     with ticket as (
         delete from notifyq.scheduled s
         where s.job = any (leave_waiting.jobs)

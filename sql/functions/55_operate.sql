@@ -322,7 +322,6 @@ begin
     if dead.gated then
         perform notifyq.lock_gate(dead.number);
     end if;
-    perform notifyq.hold_pending(array[dead.number]);
     with candidate as materialized (
         select r.ctid as place, r.job, c.source_name, nextval('notifyq.job_id_seq') as new_id
         from notifyq.redrivable(dead.number, redrive.source, redrive.error_type, redrive.how_many) c

@@ -18,7 +18,6 @@ begin
     if found then
         return 'blocked';
     end if;
-    perform notifyq.hold_pending(array(select j.queue from notifyq.job j where j.id = lock_waiting.job));
     perform from notifyq.job j
     join notifyq.ready r on r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.job = j.id
     where j.id = lock_waiting.job

@@ -26,7 +26,7 @@ from .events import JobClaimed, ServerTrouble
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container
 
-    from ._models import Claimed, Stance
+    from ._models import Claimed, Haul, Stance
     from .events import Events
 
 __all__ = ["Claimer"]
@@ -41,8 +41,8 @@ class Claimer:
         *,
         capacity: int,
         poll_interval: float | None,
-        claim: Callable[[int, dict[int, int] | None], Awaitable[list[Claimed]]],
-        claim_at_once: Callable[[int, Callable[[list[Claimed] | Exception], None]], bool],
+        claim: Callable[[int, dict[int, int] | None], Awaitable[Haul]],
+        claim_at_once: Callable[[int, Callable[[Haul | Exception], None]], bool],
         next_due: Callable[[], Awaitable[tuple[float | None, float]]],
         stand_free: Callable[[], Awaitable[Stance]],
         stand_busy: Callable[[], object],
@@ -85,6 +85,7 @@ class Claimer:
         self._due = DueTime()
         self._random = random.Random()
         self._resting = False
+        self._rest = trio.CancelScope()
         self._asked_for = 0
         self._asked_at = -math.inf
         self._answered = trio.lowlevel.ParkingLot()
@@ -122,7 +123,7 @@ class Claimer:
 
     def connected(self, up: bool) -> None:
         """Notifications are heard (again) from now on, those before may have been missed; or they are heard no longer."""
-        self._watch.lost()
+        self._watch.lost(trio.current_time() if up else math.inf)
         if up:
             self.look_again()
 
@@ -201,7 +202,7 @@ class Claimer:
             self._hand_back_stale()
             try:
                 if await self._must_look():
-                    self._watch.dry(await self._drain(), trio.current_time())
+                    await self._drain()
                 if self._due.unknown or self._due.at <= trio.current_time():
                     await self._learn_due()
                 failures = 0
@@ -244,7 +245,7 @@ class Claimer:
         self._asked_at = trio.current_time()
         return True
 
-    def _hear(self, answer: list[Claimed] | Exception) -> None:
+    def _hear(self, answer: Haul | Exception) -> None:
         """The answer to that claim."""
         asked_for, self._asked_for = self._asked_for, 0
         self._answered.unpark_all()
@@ -252,12 +253,17 @@ class Claimer:
             self._refusal = answer
             self.bell.ring()
         elif self._ending:
-            self.shelf.put(answer)
+            self.shelf.put(answer.jobs)
         else:
             takers = self.shelf.takers
-            self._looked(self._asked_at, answer)
-            if len(answer) == asked_for or len(answer) > takers:  # there may be more, or some may have to wait here
+            self._looked(self._asked_at, answer.jobs)
+            if (
+                len(answer.jobs) == asked_for or len(answer.jobs) > takers
+            ):  # there may be more, or some may have to wait here
                 self.bell.ring()
+            elif answer.left:
+                self._watch.dry(len(answer.jobs), True, self._looks.at)
+                self._rest.deadline = min(self._rest.deadline, self._watch.look_at)
 
     async def _wait_answered(self) -> None:
         while self._asked_for:
@@ -274,7 +280,7 @@ class Claimer:
             wake_at = min(self._due.at, self.shelf.stale_at(), self._watch.look_at)
             if self._poll_interval is not None:
                 wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
-            with trio.move_on_at(wake_at):
+            with trio.move_on_at(wake_at) as self._rest:
                 await self.bell.wait()
         finally:
             self._resting = False
@@ -290,8 +296,7 @@ class Claimer:
         for job in jobs:
             self._release(job)
 
-    async def _drain(self) -> int:
-        """Claim until there is no more; returns how many jobs that brought."""
+    async def _drain(self) -> None:
         brought = 0
         await self._wait_answered()
         if self._refusal is not None:
@@ -303,24 +308,25 @@ class Claimer:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self._wait_room()
             if self._paused:
-                return brought
+                return
             self.bell.clear()
             now = trio.current_time()
             whole = dry or not self._floor.numbers or self._looks.is_due(now)
             with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
-                jobs = await self._claim(how_many, None if whole else self._floor.numbers)
+                haul = await self._claim(how_many, None if whole else self._floor.numbers)
             if patience.cancelled_caught:
                 raise ConnectionLost(f"no answer to a claim within {ANSWER_TIMEOUT:g} s")
             if whole:
-                self._looked(now, jobs)
+                self._looked(now, haul.jobs)
             else:
-                self._deliver(jobs)
-            brought += len(jobs)
-            if len(jobs) < how_many:
+                self._deliver(haul.jobs)
+            brought += len(haul.jobs)
+            if len(haul.jobs) < how_many:
                 # With a floor that may only mean that the rest lies below it: look before resting.
                 dry = True
                 if whole and not self.bell.rung:
-                    return brought
+                    self._watch.dry(brought, haul.left, trio.current_time())
+                    return
             else:
                 dry = False
 

@@ -173,7 +173,7 @@ class Client(Planner):
         whole(how_many, "how_many", 1, 100_000)
         hold = None if lease is None else seconds(lease, "lease")
         async with self.connection() as connection:
-            claimed = await self._store.claim(connection, declared(queue).name, how_many, None, lease=hold)
+            claimed = await self._store.claim_by_hand(connection, declared(queue).name, how_many, lease=hold)
             jobs = []
             for one in claimed:
                 try:

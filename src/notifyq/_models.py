@@ -282,6 +282,15 @@ class Served:
     info: QueueInfo
 
 
+@attrs.frozen
+class Haul:
+    """What a claim brought."""
+
+    jobs: list[Claimed]
+    left: bool = False
+    """Others hold tickets that they may let go of: see ``any_left()`` in ``sql/functions/30_claim.sql``."""
+
+
 @attrs.define(eq=False)
 class Claimed:
     """A job as ``claim()`` returns it, its JSON not read yet. Field order is the function's column order."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, LiteralString
+from typing import TYPE_CHECKING, Any, LiteralString
 
 from ._codec import to_json
-from ._models import Claimed
+from ._models import Claimed, Haul
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,18 +23,21 @@ _CLAIMED: LiteralString = (
     "select c.id, c.attempt, c.number, c.priority, c.retry_limit, c.timeout, c.sent_at,"
     " c.data::text, c.headers::text, c.provenance::text, c.key"
 )
-_CLAIM: LiteralString = (
-    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, make_interval(secs => $4), $5::smallint[], $6::bigint[]) c"
+_CLAIM_BY_HAND: LiteralString = _CLAIMED + " from {s}.claim($1, $2, null, make_interval(secs => $3)) c"
+_CLAIM_FROM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid, null, $4::smallint[], $5::bigint[]) c"
+# Of a claim from the beginning the last row says whether tickets are left; what is united is done in order.
+_LEFT: LiteralString = (
+    " union all select null, null, null, null, null, null, null, null, null, null, null where {s}.any_left"
 )
-_CLAIM_AT_ONCE: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c"
+_CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT + "($1)"
 _CLAIM_SOME: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int,"
-    " key_limit => $6::int, at_work => $7::jsonb) c"
+    " key_limit => $6::int, at_work => $7::jsonb) c" + _LEFT + "($1, $4::int, $5::int)"
 )
 # The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
 _UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
 _CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace("$2", _UNFLUSHED)
-_CLAIM_AT_ONCE_UNFLUSHED: LiteralString = _CLAIM_AT_ONCE.replace("$2", _UNFLUSHED)
+_CLAIM_FROM_UNFLUSHED: LiteralString = _CLAIM_FROM.replace("$2", _UNFLUSHED)
 _CLAIM_SOME_UNFLUSHED: LiteralString = _CLAIM_SOME.replace("$2", _UNFLUSHED)
 
 
@@ -44,27 +47,45 @@ class Claims:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
+    async def claim_by_hand(
+        self, connection: TrioConnection, queue: str, how_many: int, *, lease: float | None = None
+    ) -> list[Claimed]:
+        """Claim jobs for no runtime. ``lease``: seconds."""
+        rows = await self._calls.rows(connection, _CLAIM_BY_HAND, queue, how_many, lease)
+        return [Claimed(*row) for row in rows]
+
     async def claim(
         self,
         connection: TrioConnection,
         queue: str,
         how_many: int,
-        runtime: UUID | None,
+        runtime: UUID,
         *,
-        lease: float | None = None,
-        floors: Mapping[int, int] | None = None,
-        durably: bool = True,
-    ) -> list[Claimed]:
+        floors: Mapping[int, int] | None,
+        durably: bool,
+    ) -> Haul:
         """Claim jobs. ``durably=False``: a crash of the server may forget the claim, and the jobs run again."""
-        priorities = None if floors is None else sorted(floors, reverse=True)
-        numbers = None if floors is None or priorities is None else [floors[priority] for priority in priorities]
-        statement = _CLAIM if durably else _CLAIM_UNFLUSHED
-        rows = await self._calls.rows(connection, statement, queue, how_many, runtime, lease, priorities, numbers)
-        return [Claimed(*row) for row in rows]
+        if floors is None:
+            return await self.run_claim(connection, self.bind_claim(queue, how_many, runtime, durably=durably))
+        priorities = sorted(floors, reverse=True)
+        numbers = [floors[priority] for priority in priorities]
+        statement = _CLAIM_FROM if durably else _CLAIM_FROM_UNFLUSHED
+        return Haul(
+            [
+                Claimed(*row)
+                for row in await self._calls.rows(connection, statement, queue, how_many, runtime, priorities, numbers)
+            ]
+        )
 
-    async def run_claim(self, connection: TrioConnection, claim: Bound) -> list[Claimed]:
+    async def run_claim(self, connection: TrioConnection, claim: Bound) -> Haul:
         """Make a claim that was bound."""
-        return [Claimed(*row) for row in await self._calls.run(connection, claim)]
+        return self.haul(await self._calls.run(connection, claim))
+
+    @staticmethod
+    def haul(rows: list[Any]) -> Haul:
+        """What the rows of a claim that was bound say."""
+        left = bool(rows) and rows[-1][0] is None
+        return Haul([Claimed(*row) for row in (rows[:-1] if left else rows)], left)
 
     def bind_claim(
         self,
@@ -77,12 +98,12 @@ class Claims:
         key_limit: int | None = None,
         at_work: Mapping[str, int] | None = None,
     ) -> Bound:
-        """A claim from the beginning, to be sent without waiting; its rows are those of ``Claimed``.
+        """A claim from the beginning, to be sent without waiting; ``haul()`` reads its rows.
 
         It brings at most ``key_limit`` jobs of a key, less those ``at_work``.
         """
         if priorities is None and key_limit is None:
-            return self._calls.bind(_CLAIM_AT_ONCE if durably else _CLAIM_AT_ONCE_UNFLUSHED, queue, how_many, runtime)
+            return self._calls.bind(_CLAIM if durably else _CLAIM_UNFLUSHED, queue, how_many, runtime)
         statement = _CLAIM_SOME if durably else _CLAIM_SOME_UNFLUSHED
         least, most = priorities or (None, None)
         return self._calls.bind(statement, queue, how_many, runtime, least, most, key_limit, to_json(at_work or {}))

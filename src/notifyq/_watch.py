@@ -68,7 +68,26 @@ class Watch:
     def stood(self, passed: bool, now: float) -> None:
         """It stands free; ``passed``: and nobody was under way after that."""
         self.told = passed
-        if passed:
+        self._doubt(not passed, now)
+
+    def dry(self, brought: int, left: bool, now: float) -> None:
+        """It has looked until there was no more, which brought so many jobs; ``left``: but for what others hold."""
+        if not self.crowded:
+            if self.told or left:
+                self._doubt(left, now)
+            return
+        self._looks += 1
+        self._brought += brought
+        self._empty_looks = 0 if brought else self._empty_looks + 1
+        self.look_at = now + PAUSE
+        if self._empty_looks == EMPTY_LOOKS:
+            paid = self._brought > 2 * self._looks
+            self._patience = max(self._patience // 2, FEWEST_RINGS) if paid else min(2 * self._patience, MOST_RINGS)
+            self.crowded, self.look_at, self._looks = False, now, 0
+
+    def _doubt(self, is_left: bool, now: float) -> None:
+        """Something may come that nobody rings for: look again, soon at first."""
+        if not is_left:
             self._looks, self.look_at = 0, math.inf
             return
         if not self._looks:
@@ -80,19 +99,6 @@ class Watch:
         self._looks += 1
         self.look_at = now + pause
 
-    def dry(self, brought: int, now: float) -> None:
-        """It has looked until there was no more, and that brought so many jobs."""
-        if not self.crowded:
-            return
-        self._looks += 1
-        self._brought += brought
-        self._empty_looks = 0 if brought else self._empty_looks + 1
-        self.look_at = now + PAUSE
-        if self._empty_looks == EMPTY_LOOKS:
-            paid = self._brought > 2 * self._looks
-            self._patience = max(self._patience // 2, FEWEST_RINGS) if paid else min(2 * self._patience, MOST_RINGS)
-            self.crowded, self.look_at, self._looks = False, now, 0
-
-    def lost(self) -> None:
-        """The connection that stood free has gone: nobody rings, and it looks when it is connected again."""
-        self.told, self.crowded, self.look_at, self._looks = False, False, math.inf, 0
+    def lost(self, look_at: float) -> None:
+        """The connection that stood free has gone: nobody rings. It looks then, whatever it is doing meanwhile."""
+        self.told, self.crowded, self.look_at, self._looks = False, False, look_at, 0

@@ -12,7 +12,7 @@ import trio
 from ._claimer import Claimer
 from ._connection import ANSWER_TIMEOUT, answered_within
 from ._executor import Executor
-from ._models import Claimed, Discarded, Released
+from ._models import Discarded, Haul, Released
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ._listener import Listener
     from ._lock import QuickLock
     from ._middleware import Middleware
-    from ._models import JobHandle, QueueInfo
+    from ._models import Claimed, JobHandle, QueueInfo
     from ._pool import Pool
     from ._queue import Queue
     from ._settler import Settler
@@ -157,22 +157,22 @@ class QueueWorker:
 
     # A claim that a crash of the server forgets is made again; without retries it must not run twice: claim durably.
 
-    async def _claim(self, how_many: int, floors: dict[int, int] | None) -> list[Claimed]:
+    async def _claim(self, how_many: int, floors: dict[int, int] | None) -> Haul:
         async with self._turn, self._pool.connection() as connection:
             lease_number = self._before_claim()
             self.claiming_since = trio.current_time()
             try:
                 if self._key_limit is not None or (floors is None and self.priorities is not None):
-                    jobs = await self._store.run_claim(connection, self._bind(how_many))
+                    haul = await self._store.run_claim(connection, self._bind(how_many))
                 else:
-                    jobs = await self._store.claim(
+                    haul = await self._store.claim(
                         connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
                     )
             finally:
                 self.claiming_since = math.inf
-        return self._still_ours(jobs, lease_number)
+        return self._still_ours(haul, lease_number)
 
-    def _claim_at_once(self, how_many: int, answered: Callable[[list[Claimed] | Exception], None]) -> bool:
+    def _claim_at_once(self, how_many: int, answered: Callable[[Haul | Exception], None]) -> bool:
         """Send a claim on the connection that has just heard of a job, if that is free."""
         # An idle queue asks for the same number each time.
         if how_many != self._bound_for or self._key_limit is not None:
@@ -180,9 +180,10 @@ class QueueWorker:
         lease_number = self._before_claim()
 
         def heard(answer: list[Any] | Exception) -> None:
-            if not isinstance(answer, Exception):
-                answer = self._still_ours([Claimed(*row) for row in answer], lease_number)
-            answered(answer)
+            if isinstance(answer, Exception):
+                answered(answer)
+            else:
+                answered(self._still_ours(self._store.haul(answer), lease_number))
 
         return self._listener.ask(self._bound, heard)
 
@@ -218,19 +219,20 @@ class QueueWorker:
         self._cancelled = ()
         return self._lease_number
 
-    def _still_ours(self, jobs: list[Claimed], lease_number: int) -> list[Claimed]:
+    def _still_ours(self, haul: Haul, lease_number: int) -> Haul:
         """What a claim brought, less what was lost or cancelled while it was under way."""
+        jobs = haul.jobs
         if self._key_limit is not None:
             self._learn_full_keys(jobs, self._key_limit)
         if lease_number == self._lease_number and not self._cancelled:
-            return jobs
+            return haul
         self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
         if lease_number != self._lease_number:
-            return []  # the beat will find that we hold them, and they are released
+            return Haul([])  # the beat will find that we hold them, and they are released
         for job in jobs:
             if job.id in self._cancelled:
                 self._discard(job)
-        return [job for job in jobs if job.id not in self._cancelled]
+        return Haul([job for job in jobs if job.id not in self._cancelled], haul.left)
 
     async def _next_due(self) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:

@@ -12,7 +12,7 @@ import notifyq
 from notifyq import Job, Queue
 from notifyq._claimer import Claimer
 from notifyq._listener import Listener
-from notifyq._models import Stance
+from notifyq._models import Haul, Stance
 from notifyq._worker import QueueWorker
 from notifyq.events import Events, JobClaimed, JobCompleted, ListenerDown, ListenerUp, ServerTrouble
 from notifyq.testing import run_waiting
@@ -20,7 +20,6 @@ from notifyq.testing import run_waiting
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from notifyq._models import Claimed
 
 HOUR = 3600.0
 """A poll interval, or a lease, at which only a notification can have told of anything."""
@@ -271,10 +270,10 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
     gate = trio.Event()
     released: list[Any] = []
 
-    async def claim(_how_many: int, _floors: Any) -> list[Any]:
+    async def claim(_how_many: int, _floors: Any) -> Haul:
         asked.set()
         await gate.wait()
-        return ["one", "two"] if not released else []
+        return Haul(["one", "two"] if not released else [])
 
     async def next_due() -> tuple[None, float]:
         return None, 0.0
@@ -282,7 +281,7 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
     async def stand_free() -> Stance:
         return Stance(stands=True, passed=True, ready=True, due=None, clock=0.0)
 
-    def claim_at_once(_how_many: int, _answered: Callable[[list[Claimed] | Exception], None]) -> bool:
+    def claim_at_once(_how_many: int, _answered: Callable[[Haul | Exception], None]) -> bool:
         return False
 
     claimer = Claimer(

@@ -803,7 +803,7 @@ async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, 
 
     def lose_on_the_way(self: QueueWorker, how_many: int, answered: Callable[[Any], None]) -> bool:
         def heard(answer: Any) -> None:
-            brought.append(len(answer))
+            brought.append(len(answer.jobs))
             answered(answer)
 
         if brought or not claim_at_once(self, how_many, heard):
@@ -1111,11 +1111,11 @@ async def test_a_claim_whose_job_was_cancelled_on_the_way_does_not_look_like_the
         return before_claim(self)
 
     async def cancelled_meanwhile(self: Store, *arguments: Any, **options: Any) -> Any:
-        jobs = await claim(self, *arguments, **options)
-        if jobs and not cancelled:
-            cancelled.append(jobs[0].id)
+        haul = await claim(self, *arguments, **options)
+        if haul.jobs and not cancelled:
+            cancelled.append(haul.jobs[0].id)
             workers[0].cancel(cancelled)  # as a beat would tell it
-        return jobs
+        return haul
 
     monkeypatch.setattr(QueueWorker, "_before_claim", noted)
     monkeypatch.setattr(Store, "claim", cancelled_meanwhile)

@@ -614,8 +614,9 @@ async def test_send_many_keeps_order_every_option_and_the_queues_defaults(ask, q
 
 @pytest.fixture
 async def heard(dsn, ask, queue):
-    """What the queues of this test notified since it was last asked."""
+    """What the queues of this test notified since it was last asked, to somebody who is free."""
     listener = await open_connection(dsn)
+    await listener.execute(b"select notifyq.stand_free(array_agg(n), array_agg(false)) from generate_series(1, 9) n")
     payloads: list[str] = []
     listener.add_notify_handler(lambda notification: payloads.append(notification.payload))
     for (channel,) in await ask("select notifyq.channel(number) from generate_series(1, 9) number"):

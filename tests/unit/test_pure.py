@@ -24,7 +24,7 @@ from notifyq._claimer import Claimer
 from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, demand
 from notifyq._errors import NoLease
-from notifyq._models import Claimed, Stance
+from notifyq._models import Claimed, Haul, Stance
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
 from notifyq.events import Events
@@ -296,8 +296,8 @@ def test_a_schema_of_another_name_has_no_trace_of_the_first():
 
 
 def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[Any], object]) -> Claimer:
-    async def claim(_how_many: int, _floors: Any) -> list[Any]:
-        return []
+    async def claim(_how_many: int, _floors: Any) -> Haul:
+        return Haul([])
 
     async def next_due() -> tuple[None, float]:
         return None, 0.0
@@ -345,7 +345,7 @@ async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_han
         await trio.testing.wait_all_tasks_blocked()
         assert claimer.shelf.take_back() == []
         assert asked == [3]
-        answers.pop()(answer)
+        answers.pop()(Haul(answer) if isinstance(answer, list) else answer)
     assert claimer.shelf.take_back() == (answer if isinstance(answer, list) else [])
 
 
