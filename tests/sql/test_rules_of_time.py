@@ -2,7 +2,7 @@
 
 No test waits. Time passes because the times that are stored move into the past, by whole hundredths of a period, the
 finest that a rate counts: a start that is 99 of them old counts, one that is 101 old does not, and since what a start
-that is 100 old does depends on the moment within its hundredth, the machine never looks then. A hundredth is over a
+that is 100 old does depends on the moment within its hundredth, the machine never looks then. A hundredth is about a
 day, so the real time that a run takes changes nothing.
 """
 
@@ -32,34 +32,20 @@ from notifyq import testing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HUNDREDTH = 100_000
-"""Seconds in a hundredth of the period of a rate. Not of a day's length, so that its slots do not begin at midnight."""
+HUNDREDTH = 80_000
+"""Seconds in a hundredth of the period of a rate; so many of waiting make up for a step of priority, too, which may be a
+day at most. Not of a day's length, so that its slots do not begin at midnight."""
 
 KEYS = st.sampled_from(["a", "b", "c"])
-PRIORITIES = st.sampled_from([0, 0, 0, 0, 1])
-RATE = st.builds(lambda n: {"rate_limit": n, "rate_period": 100 * HUNDREDTH}, st.integers(1, 4))
-KEY_RATE = st.builds(lambda n: {"key_rate_limit": n, "key_rate_period": 100 * HUNDREDTH}, st.integers(1, 3))
-FAIR = st.just({"fair": True})
-KEY_LIMIT = st.builds(lambda n: {"key_limit": n}, st.integers(1, 3))
-ACTIVE_LIMIT = st.builds(lambda n: {"active_limit": n}, st.integers(1, 4))
-
-
-def together(*rules: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.tuples(*rules).map(lambda several: {name: value for one in several for name, value in one.items()})
-
-
-QUEUES = st.one_of(
-    RATE,
-    KEY_RATE,
-    FAIR,
-    together(RATE, KEY_RATE),
-    together(RATE, FAIR),
-    together(KEY_RATE, FAIR),
-    together(RATE, ACTIVE_LIMIT),
-    together(KEY_RATE, KEY_LIMIT),
-    together(FAIR, KEY_LIMIT),
-    together(RATE, KEY_RATE, FAIR, ACTIVE_LIMIT, KEY_LIMIT),
-)
+PRIORITIES = st.sampled_from([0, 0, 0, 0, 60, -60])
+OPTIONS = {
+    "rate_limit": st.integers(1, 4),
+    "key_rate_limit": st.integers(1, 3),
+    "key_limit": st.integers(1, 3),
+    "active_limit": st.integers(1, 4),
+    "turns": st.sampled_from([{"fair": True}, {"ageing": HUNDREDTH}]),
+}
+QUEUES = st.fixed_dictionaries({}, optional=OPTIONS)
 
 
 @attrs.define(eq=False)
@@ -69,15 +55,11 @@ class ModelJob:
     id: int
     key: str
     priority: int
-    number: int
-    """Its place in line."""
+    number: tuple[int, int] = (0, 0)
+    """Its place in line, among those of a priority."""
     state: str = "ready"
     due: tuple[int, int, int] = (0, 0, 0)
     """When it is due, in hundredths; and what orders those that are due at once."""
-
-
-def place(job: ModelJob) -> tuple[int, int]:
-    return (-job.priority, job.number)
 
 
 class Model:
@@ -87,6 +69,7 @@ class Model:
         self.rate_limit = options.get("rate_limit")
         self.key_rate_limit = options.get("key_rate_limit")
         self.fair = "fair" in options
+        self.ageing = "ageing" in options
         self.slots = options.get("key_limit")
         self.active_limit = options.get("active_limit")
         self.jobs: dict[int, ModelJob] = {}
@@ -99,10 +82,18 @@ class Model:
 
     def of(self, *states: str, key: str | None = None) -> list[ModelJob]:
         found = [job for job in self.jobs.values() if job.state in states and key in (None, job.key)]
-        return sorted(found, key=place)
+        return sorted(found, key=self.place)
+
+    def place(self, job: ModelJob) -> tuple[int, tuple[int, int]]:
+        return (0 if self.ageing else -job.priority, job.number)
+
+    def number(self, job: ModelJob) -> None:
+        """It goes to the end of the line, or to where its priority and the moment say."""
+        job.number = (self.clock - job.priority if self.ageing else 0, next(self.numbers))
 
     def sent(self, id: int, key: str, priority: int, delay: int = 0, *, waits: bool = False) -> None:
-        job = self.jobs[id] = ModelJob(id, key, priority, next(self.numbers), "blocked" if waits else "ready")
+        job = self.jobs[id] = ModelJob(id, key, priority, state="blocked" if waits else "ready")
+        self.number(job)
         if delay:
             self.later(job, delay)
 
@@ -112,7 +103,24 @@ class Model:
 
     def again(self, job: ModelJob) -> None:
         job.state = "ready"
-        job.number = next(self.numbers)
+        self.number(job)
+
+    def edit(self, job: ModelJob, priority: int | None, delay: int | None) -> None:
+        """It takes its new place; who has waited behind it for it to start does not any longer if it is put off."""
+        was = job.state
+        if priority is not None:
+            job.priority = priority
+            if self.ageing and (was == "ready" or (was == "blocked" and not delay)):
+                self.number(job)
+        if delay:
+            self.later(job, delay)
+            if was == "ready" or self.turns.get(job.key) is job:
+                self.turns.pop(job.key if was == "scheduled" else "", None)
+                self.advance(job.key)
+        elif was == "scheduled" and delay == 0:
+            self.again(job)
+        elif was == "blocked" and priority is not None:
+            job.state = "ready"
 
     def counting(self, key: str | None = None) -> list[int]:
         return [at for at, of in self.starts if self.clock - at < 101 and key in (None, of)]
@@ -191,7 +199,7 @@ class Model:
         assert len(helping) == min(room, sum(could.values()))
         assert len(helping) == sum(len(jobs) for jobs in brought.values())
         for key, jobs in brought.items():
-            assert sorted(jobs, key=place) == behind[key][: len(jobs)]
+            assert sorted(jobs, key=self.place) == behind[key][: len(jobs)]
             for other, more in brought.items():
                 assert len(more) <= len(jobs) + 1 or len(jobs) == could[key], (key, other)
             for job in jobs:
@@ -220,7 +228,7 @@ class Model:
         for job in sorted(going, key=lambda job: job.number):
             job.state = "ready"
             if self.fair:
-                job.number = next(self.numbers)
+                self.number(job)
 
     def leave(self, job: ModelJob, state: str) -> None:
         """It leaves active, or the line, for good or not."""
@@ -260,6 +268,9 @@ class Gate(Machine):
 
     @initialize(options=QUEUES)
     def make_queue(self, options: dict[str, Any]) -> None:
+        options = {name: value for name, value in options.items() if name != "turns"} | options.get("turns", {})
+        for rate in {"rate", "key_rate"} & {name.removesuffix("_limit") for name in options}:
+            options[f"{rate}_period"] = 100 * HUNDREDTH
         self.make(options)
         self.model = Model(options)
 
@@ -272,16 +283,27 @@ class Gate(Machine):
         [(id,)] = self.ask(call, self.queue, key, priority, f"{delay * HUNDREDTH} s" if delay else None)
         self.model.sent(id, key, priority, delay)
 
-    @rule(keys=st.lists(KEYS, min_size=2, max_size=8))
-    def send_many(self, keys: list[str]) -> None:
+    @rule(keys=st.lists(KEYS, min_size=2, max_size=12), priority=PRIORITIES)
+    def send_many(self, keys: list[str], priority: int) -> None:
         """Of each key, no more than could start go to the line."""
-        rows = self.ask("select id from notifyq.send_many(%s, %s)", self.queue, json.dumps([{"key": k} for k in keys]))
+        jobs = json.dumps([{"key": key, "priority": priority} for key in keys])
         limit = self.model.slots or 1
         limited = self.model.fair or self.model.slots or self.model.key_rate_limit
-        for place, (key, (id,)) in enumerate(zip(keys, rows, strict=True)):
-            self.model.sent(id, key, 0, waits=bool(limited) and keys[:place].count(key) >= limit)
+        for place, (id,) in enumerate(self.ask("select id from notifyq.send_many(%s, %s)", self.queue, jobs)):
+            waits = bool(limited) and keys[:place].count(keys[place]) >= limit
+            self.model.sent(id, keys[place], priority, waits=waits)
 
-    @rule(how_many=st.integers(1, 8))
+    @precondition(lambda self: self.model.of("ready", "blocked", "scheduled"))
+    @rule(data=st.data(), priority=st.one_of(st.none(), PRIORITIES), delay=st.sampled_from([None, None, 0, 40]))
+    def edit(self, data: st.DataObject, priority: int | None, delay: int | None) -> None:
+        self.wait(1)  # or its new place could be that of a job that was sent in the same millisecond
+        job = self.pick(data, "ready", "blocked", "scheduled")
+        call = "select notifyq.update_job(%s, data => '1', priority => %s, delay => %s)"
+        interval = None if delay is None else f"{delay * HUNDREDTH} s"
+        assert self.ask(call, job.id, priority, interval) == [(job.id,)]
+        self.model.edit(job, priority, delay)
+
+    @rule(how_many=st.integers(1, 12))
     def claim(self, how_many: int) -> None:
         self.ask(
             "select notifyq.promote(%s)", self.number
@@ -311,6 +333,9 @@ class Gate(Machine):
             "update notifyq.gate set next_start_at = next_start_at - %s::interval where queue = %s", by, self.number
         )
         self.ask("update notifyq.scheduled set due_at = due_at - %s::interval where queue = %s", by, self.number)
+        for table in ("ready", "blocked", "active") if model.ageing else ():
+            change = f"update notifyq.{table} set number = number - %s::bigint * 1000 * 1048576 where queue = %s"
+            self.ask(change, hundredths * HUNDREDTH, self.number)
 
     @precondition(lambda self: self.model.of("active"))
     @rule(data=st.data(), how=st.sampled_from(["complete", "release", "fail", "snooze"]))
@@ -323,7 +348,7 @@ class Gate(Machine):
             return
         if how == "fail":
             assert self.ask("select notifyq.fail(%s, 'x')", job.id) == [("ready",)]
-            job.number = next(self.model.numbers)
+            self.model.number(job)
         elif how == "release":
             self.ask("select notifyq.release(array[%s::bigint])", job.id)
         elif how == "snooze":
