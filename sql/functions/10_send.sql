@@ -491,6 +491,8 @@ begin
     with entry as materialized (
         select e.*, ids[e.place] as id, coalesce(e.due_at, clock_timestamp() + notifyq.duration(e.delay)) as due,
             coalesce(e.priority::smallint, (send_each.queue).priority) as rank,
+            -- here, where they are still in the array's order: one moment may be a millisecond later than another
+            notifyq.line_number(ids[e.place], coalesce(e.priority::smallint, (send_each.queue).priority), (send_each.queue).ageing) as number,
             e.id_key is null or reserved ? ids[e.place]::text as is_new
         from rows from (jsonb_to_recordset(send_each.jobs) as (
             data jsonb, priority int, delay jsonb, due_at timestamptz, retry_limit int, retry_delay jsonb, retry_delay_max jsonb,
@@ -527,14 +529,13 @@ begin
         where e.due > now()
     ), waiting as (
         insert into notifyq.blocked (job, number, queue, priority, key)
-        select e.id, e.id, (send_each.queue).number, e.rank, coalesce(e.key, '')
+        select e.id, e.number, (send_each.queue).number, notifyq.line_priority(e.rank, (send_each.queue).ageing), coalesce(e.key, '')
         from ticket e
         where (e.due > now()) is not true
         and e.waits
     )
     insert into notifyq.ready (queue, priority, number, job)
-    select (send_each.queue).number, notifyq.line_priority(e.rank, (send_each.queue).ageing),
-        notifyq.line_number(e.id, e.rank, (send_each.queue).ageing), e.id
+    select (send_each.queue).number, notifyq.line_priority(e.rank, (send_each.queue).ageing), e.number, e.id
     from ticket e
     where (e.due > now()) is not true
     and e.waits is not true

@@ -472,7 +472,7 @@ begin
                 and b.priority between take_turns.low and take_turns.high
                 order by b.priority desc, b.number
                 limit least(
-                    greatest(take_turns.room / cardinality(turns), 1),
+                    greatest(room / cardinality(turns), 1),
                     case when q.slots is not null then greatest(q.slots - coalesce(k.held, 0), 0) end,
                     case when q.key_rate_limit is not null
                         then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end,

@@ -148,11 +148,12 @@ begin
             where due > clock_timestamp()
         )
         insert into notifyq.ready (queue, priority, number, job, attempt)
-        select g.queue, notifyq.line_priority(rank, q.ageing), g.number, g.job, g.attempt
+        select g.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null then g.number
+            else notifyq.line_number(g.job, rank, q.ageing) end, g.job, g.attempt
         from gone g
         where (due > clock_timestamp()) is not true;
         update notifyq.blocked b
-        set priority = rank, due_at = coalesce(due, b.due_at)
+        set priority = case when b.parents > 0 then rank else b.priority end, due_at = coalesce(due, b.due_at)
         where b.job = edit.job;
     end if;
     if stands = 'ready' then
