@@ -3,14 +3,17 @@
 Producers and workers are separate processes. Only jobs whose completion is committed count.
 
 ``--json FILE`` writes an object whose names stay: ``schema`` (1), ``notifyq``, ``python``, ``psycopg``, ``machine``,
-``server_version``, ``server_settings``, ``settings`` (the options), and ``workloads``, which has for each workload the
-medians of its runs, and the ``runs`` themselves:
+``server_version``, ``server_settings``, ``settings`` (the options; ``settings.each`` has those that differ by workload), and
+``workloads``, which has for each workload the medians of its runs, and the ``runs`` themselves, with their samples. What is
+called ``limit`` is the same work by hand on a bare table in the same run.
 
 | figure | meaning |
 |---|---|
 | ``enqueue.jobs_per_second`` | bulk sends, from the first call to the last commit |
+| ``enqueue.limit_jobs_per_second``, ``fraction_of_limit`` | bare inserts from JSON, as many at once; our part of that |
 | ``drain.jobs_per_second`` | from the commit that makes the jobs ready to the commit of the last completion |
 | ``drain.processes``, ``drain.kept`` | worker processes; whether finished jobs were kept |
+| ``drain.limit_jobs_per_second``, ``fraction_of_limit`` | bare deletes of 100 rows, inserted elsewhere if kept; our part |
 | ``latency.p50_ms``, ``p95_ms``, ``p99_ms``, ``max_ms`` | from the call of send to the worker's first line, one at a time |
 | ``latency.limit_p50_ms`` | the same by hand in plain psycopg: insert, trigger, notify, delete |
 | ``latency.p50_over_limit`` | one over the other, of the same run |
@@ -18,4 +21,8 @@ medians of its runs, and the ``runs`` themselves:
 | ``keys.freed_p50_ms``, ``plain_p50_ms`` | end of a job to the start of the next of its key; plain pickup |
 | ``keys.freed_over_plain`` | one over the other |
 | ``flows.sent_jobs_per_second``, ``run_jobs_per_second`` | 10,000 jobs between one before and one after them |
+| ``senders.sends_per_second`` | ``notifyq.send()`` of one job a transaction, by all senders, while workers are busy |
+| ``senders.no_notify_sends_per_second``, ``fraction_of_no_notify`` | the same with ``bell="never"``; one over the other |
+| ``senders.limit_sends_per_second``, ``fraction_of_limit`` | bare inserts, no trigger; our part of that |
+| ``senders.senders``, ``client_cores`` | connections; processor time a second of all sending processes |
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -12,7 +14,13 @@ import psycopg
 
 from ._sql import CLEAR
 
-__all__ = ["GAP", "TURN", "Role", "Settings", "clear"]
+__all__ = ["GAP", "TURN", "Found", "Role", "Settings", "Tell", "Workload", "clear", "telling_sleep"]
+
+Found = dict[str, Any]
+"""What one run found: figures by name, and lists of samples, which stay with the run."""
+
+Tell = Callable[[float], object]
+"""Told by a workload how much of a run is done, from 0 to 1."""
 
 GAP = 0.02
 """Seconds between the sends of the latency workload: both sides have gone to sleep by then."""
@@ -31,6 +39,18 @@ class Settings:
     concurrency: int
     batch: int
     kept: bool
+    senders: int = 32
+    """Connections that send single rows."""
+    seconds: float = 30.0
+    """How long a workload that lasts is measured."""
+    queues: int = 10
+    backlog: int = 1_000_000
+    """Jobs that wait, or are kept, in the larger of two databases."""
+    own_server: bool = False
+    """It was started for this run: its settings may be changed."""
+
+
+Workload = Callable[[Settings, Tell], Found]
 
 
 class Role:
@@ -63,10 +83,10 @@ class Role:
         """End it now."""
         self._process.kill()
 
-    def go(self) -> None:
+    def go(self, what: str = "") -> None:
         """Let it begin."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
@@ -84,3 +104,11 @@ def clear(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(CLEAR)
         connection.execute("checkpoint")
+
+
+def telling_sleep(seconds: float, tell: Tell, begin: float = 0.0, end: float = 1.0) -> None:
+    """Let so many seconds pass, and tell of them as the part of a run from ``begin`` to ``end``."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        tell(begin + (end - begin) * passed / seconds)
+        time.sleep(min(0.5, seconds - passed))

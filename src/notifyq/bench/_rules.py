@@ -7,18 +7,15 @@ import json
 import statistics
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 import trio
 
 from notifyq import Flow, NewJob, Queue, connect
 
-from ._parts import GAP, TURN, Role, Settings, clear
+from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear
 from ._sql import CLAIM_HELD, PICKUPS, SEND_TO, UNFINISHED_BUT_HELD
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["RULES", "flows", "keys"]
 
@@ -33,9 +30,9 @@ WIDE = 10_000
 FREED = 100
 
 
-def keys(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+def keys(settings: Settings, tell: Tell) -> Found:
     """Jobs/s by rule and number of keys while other keys hold back 100,000 jobs; freed key to next start; plain pickup."""
-    figures: dict[str, float] = {}
+    figures: Found = {}
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
         for queue in RULES.values():
@@ -51,6 +48,7 @@ def keys(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
                 while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
                     time.sleep(0.01)
                 figures[f"{rule}_{number}_jobs_per_second"] = jobs / (time.perf_counter() - started)
+                tell(len(figures) / (len(RULES) * len(KEYS) + 1))
         producer = stack.enter_context(Role("produce", settings.dsn, TURN, GAP))
         for _ in range(FREED // TURN + 1):
             producer.go()
@@ -65,7 +63,6 @@ def keys(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
     figures["plain_p50_ms"] = statistics.median(plain)
     figures["freed_over_plain"] = figures["freed_p50_ms"] / figures["plain_p50_ms"]
     clear(settings.dsn)
-    step()
     return figures
 
 
@@ -87,7 +84,7 @@ def _send_chain(dsn: str) -> None:
     trio.run(send)
 
 
-def flows(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+def flows(settings: Settings, tell: Tell) -> Found:
     """A job, 10,000 that wait for it, and one that waits for them: sent, and run."""
     part: Queue[int, int] = Queue("bench.drain", int, int)
     with ExitStack() as stack:
@@ -107,10 +104,10 @@ def flows(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
                 return time.perf_counter() - started
 
         send_seconds = trio.run(send)
+        tell(0.5)
         started = time.perf_counter()
         while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
             time.sleep(0.01)
         seconds = time.perf_counter() - started
     clear(settings.dsn)
-    step()
     return {"sent_jobs_per_second": WIDE / send_seconds, "run_jobs_per_second": WIDE / seconds}

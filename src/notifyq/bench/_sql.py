@@ -13,12 +13,28 @@ begin
 end
 $$;
 create trigger bell after insert on bare for each statement execute function bare_ring();
+create table bare_plain (id bigint generated always as identity primary key, data jsonb);
+create table bare_done (id bigint primary key, data jsonb, output jsonb);
 """
 BARE_LISTEN: LiteralString = "listen bare"
 BARE_SEND: LiteralString = "insert into bare (sent) values (%s)"
 BARE_CLAIM: LiteralString = (
     "delete from bare where id = (select id from bare order by id limit 1 for update skip locked) returning sent"
 )
+BARE_SEND_ONE: LiteralString = "insert into bare_plain (data) values ('1')"
+BARE_FILL: LiteralString = "insert into bare_plain (data) select o -> 'data' from jsonb_array_elements(%s::jsonb) o"
+BARE_TAKE: LiteralString = """
+with gone as (
+    delete from bare_plain
+    where id = any (array(select id from bare_plain order by id limit %(rows)s for update skip locked))
+    returning id, data
+), kept as (
+    insert into bare_done
+    select id, data, data from gone where %(kept)s
+)
+select id, data from gone
+"""
+SEND_ONE: LiteralString = "select notifyq.send('queue', '1')"
 SEND_ALL: LiteralString = "select count(*) from notifyq.send_many('bench.drain', %s::jsonb)"
 UNFINISHED: LiteralString = (
     "select exists (select from notifyq.ready) or exists (select from notifyq.active)"
@@ -27,7 +43,7 @@ UNFINISHED: LiteralString = (
 PICKUPS: LiteralString = "select output from notifyq.jobs where queue = %s and state = 'completed' order by id"
 CLEAR: LiteralString = (
     "truncate notifyq.job, notifyq.ready, notifyq.active, notifyq.archive, notifyq.attempt, notifyq.blocked,"
-    " notifyq.key, notifyq.gate, notifyq.dependency, notifyq.flow_job"
+    " notifyq.key, notifyq.gate, notifyq.dependency, notifyq.flow_job, bare, bare_plain, bare_done"
 )
 SEND_TO: LiteralString = "select count(*) from notifyq.send_many(%s, %s::jsonb)"
 CLAIM_HELD: LiteralString = "select id from notifyq.claim(%s, 1000, lease => '1 day')"

@@ -1,0 +1,58 @@
+"""The workloads, and which options mean something to which of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from ._rules import flows, keys
+from ._senders import senders
+from ._workloads import drain, enqueue, latency
+
+if TYPE_CHECKING:
+    from ._parts import Workload
+
+__all__ = ["ALL", "MAIN", "PLOTTED", "Kind", "check"]
+
+
+@attrs.frozen
+class Kind:
+    """A workload and how it is run when nothing is said."""
+
+    run: Workload
+    uses: tuple[str, ...]
+    """The options that it reads."""
+    seconds: float = 0.0
+    queues: int = 0
+    repeat: int = 3
+    warm_up: int = 1
+
+
+ALL = {
+    "enqueue": Kind(enqueue, ("jobs", "processes", "concurrency", "batch")),
+    "drain": Kind(drain, ("jobs", "processes", "concurrency", "kept")),
+    "latency": Kind(latency, ("jobs",)),
+    "keys": Kind(keys, ("jobs", "processes", "concurrency")),
+    "flows": Kind(flows, ("processes", "concurrency", "kept")),
+    "senders": Kind(senders, ("senders", "seconds", "processes", "concurrency"), seconds=18.0),
+}
+
+MAIN = ("enqueue", "drain", "latency")
+"""What is measured if nothing is named."""
+
+PLOTTED = ("latency",)
+"""Those that have something to plot."""
+
+
+def check(names: list[str], given: dict[str, object]) -> str | None:
+    """What is wrong with the options given on the command line for these workloads, in one line; None: nothing."""
+    for option, value in given.items():
+        readers = PLOTTED if option == "plot" else tuple(name for name, kind in ALL.items() if option in kind.uses)
+        if value is not None and readers and not set(readers) & set(names):
+            flag = "--kept and --not-kept are" if option == "kept" else f"--{option} is"
+            return f"{flag} for {', '.join(readers)}: not for {', '.join(names)}"
+    jobs, processes = given.get("jobs"), given.get("processes")
+    if "enqueue" in names and isinstance(jobs, int) and isinstance(processes, int) and jobs < processes:
+        return f"--jobs {jobs} are too few for --processes {processes}: each sends at least one"
+    return None
