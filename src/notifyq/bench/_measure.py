@@ -19,6 +19,7 @@ from ._parts import Found, Settings
 from ._report import medians
 from ._rules import RULES
 from ._sql import SETTINGS
+from ._steady import STEADY
 from ._workloads import set_up
 
 __all__ = ["measure"]
@@ -119,5 +120,5 @@ async def _make_queues(dsn: str, kept: bool) -> None:
         await nq.create_queue(Queue("bench.chain", policy="singleton", retention=KEPT))
         await nq.create_queue(Queue("bench.send_default", retention=KEPT))
         await nq.create_queue(Queue("bench.send_no_notify", retention=KEPT, bell="never"))
-        for queue in RULES.values():
+        for queue in (*RULES.values(), *STEADY):
             await nq.create_queue(queue)

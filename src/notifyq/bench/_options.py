@@ -8,6 +8,7 @@ import attrs
 
 from ._rules import flows, keys
 from ._senders import senders
+from ._sustained import pinned, sustained
 from ._workloads import drain, enqueue, latency
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ ALL = {
     "keys": Kind(keys, ("jobs", "processes", "concurrency")),
     "flows": Kind(flows, ("processes", "concurrency", "kept")),
     "senders": Kind(senders, ("senders", "seconds", "processes", "concurrency"), seconds=18.0),
+    "sustained": Kind(sustained, ("seconds", "concurrency"), seconds=30.0, repeat=1, warm_up=0),
+    "pinned": Kind(pinned, ("seconds", "concurrency"), seconds=60.0, repeat=1, warm_up=0),
 }
 
 MAIN = ("enqueue", "drain", "latency")
 """What is measured if nothing is named."""
 
-PLOTTED = ("latency",)
+PLOTTED = ("latency", "sustained", "pinned")
 """Those that have something to plot."""
 
 

@@ -10,10 +10,10 @@ import trio
 
 from notifyq import Job, Queue, Runtime, connect
 
-from . import _bare
+from . import _bare, _steady
 from ._parts import GAP
 from ._rules import RULES
-from ._say import say, wait_for_go
+from ._say import say, serve, wait_for_go
 from ._sending import send_singles
 
 DRAIN: Queue[int, int] = Queue("bench.drain", int, int)
@@ -88,15 +88,6 @@ async def slow(dsn: str, concurrency: int) -> None:
     await serve(Runtime(queues, dsn=dsn, migrate=False))
 
 
-async def serve(runtime: Runtime) -> None:
-    """Run a runtime until the parent closes stdin."""
-    async with trio.open_nursery() as nursery:
-        await nursery.start(runtime.run)
-        say(ready=True)
-        await wait_for_go()
-        runtime.stop()
-
-
 def main(role: str, dsn: str, *numbers: str) -> None:
     """Run one role."""
     match role:
@@ -118,6 +109,12 @@ def main(role: str, dsn: str, *numbers: str) -> None:
             _bare.consume(dsn, int(numbers[0]))
         case "bare-produce":
             _bare.produce(dsn, int(numbers[0]), float(numbers[1]))
+        case "steady-work":
+            trio.run(_steady.work, dsn, int(numbers[0]))
+        case "steady-produce":
+            _steady.produce(dsn, numbers[0])
+        case "bare-steady-work":
+            _steady.bare_work(dsn)
         case _:
             raise ValueError(role)
 

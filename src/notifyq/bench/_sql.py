@@ -23,6 +23,13 @@ BARE_CLAIM: LiteralString = (
 )
 BARE_SEND_ONE: LiteralString = "insert into bare_plain (data) values ('1')"
 BARE_FILL: LiteralString = "insert into bare_plain (data) select o -> 'data' from jsonb_array_elements(%s::jsonb) o"
+BARE_FILL_RING: LiteralString = """
+with sent as (
+    insert into bare_plain (data) select o -> 'data' from jsonb_array_elements(%s::jsonb) o
+    returning id
+)
+select pg_notify('bare', '') from (select count(*) from sent) s
+"""
 BARE_TAKE: LiteralString = """
 with gone as (
     delete from bare_plain
@@ -41,6 +48,11 @@ UNFINISHED: LiteralString = (
     " or exists (select from notifyq.scheduled)"
 )
 PICKUPS: LiteralString = "select output from notifyq.jobs where queue = %s and state = 'completed' order by id"
+SAMPLED_PICKUPS: LiteralString = (
+    "select (output #>> '{}')::float8 / 1e6 from notifyq.archive"
+    " where state = 'completed' and mod(id, 10) = 0 and (data #>> '{}')::bigint > %s order by id"
+)
+TAKE_SNAPSHOT: LiteralString = "select count(*) from notifyq.queue"
 CLEAR: LiteralString = (
     "truncate notifyq.job, notifyq.ready, notifyq.active, notifyq.archive, notifyq.attempt, notifyq.blocked,"
     " notifyq.key, notifyq.gate, notifyq.dependency, notifyq.flow_job, bare, bare_plain, bare_done"
