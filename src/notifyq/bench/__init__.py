@@ -32,6 +32,18 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``pinned.last_over_first`` | jobs/s in the last sixth, or minute if that is less, over those in the first |
 | ``pinned.control_…`` | both of a run before it, without snapshot |
 | ``pinned.limit_…`` | both of a bare table under such a snapshot |
+| ``idle.statements_per_second``, ``counted`` | of a runtime whose queues stay empty; whether as statements or transactions |
+| ``idle.connections``, ``cpu_fraction``, ``queues`` | its sessions; processor time of its process a second; queues |
+| ``backlog.claim_ratio``, ``claim_100_ratio`` | time of a claim of 50, of 100, with ``jobs`` waiting over one with 10,000 |
+| ``backlog.claim_ms``, ``jobs`` | the former with ``jobs`` waiting; how many that is |
+| ``backlog.claim_ratio_kept``, ``claim_100_ratio_kept`` | the ratios with 10,000 waiting and as many finished ones kept |
+| ``backlog.complete_ratio_kept`` | the same for the completion of 50 |
+| ``backlog.blocked_claim_ratio``, ``blocked_complete_ratio`` | of 25 free keys, as many blocked behind keys that are held |
+| ``backlog.limit_claim_ratio``, ``limit_claim_ms`` | deletes of 50 from bare tables of as many rows |
+| ``backlog.runtime_mib`` | most memory of a runtime with its slots full and as many waiting |
+| ``queues.claim_ratio``, ``claim_ms`` | claims of 50 of 50,000 jobs spread over ``queues`` queues, over those in one |
+| ``queues.limit_claim_ratio``, ``limit_claim_ms`` | deletes from bare tables with as many queues in a column |
+| ``queues.pickup_p50_ms``, ``one_pickup_p50_ms``, ``pickup_ratio`` | by a runtime of all by a pattern; of one; over it |
 
 Samples in a run: ``latency`` and ``sustained`` have ``samples_ms`` (pickups), ``latency`` has ``limit_samples_ms``;
 ``sustained`` and ``pinned`` have ``throughput`` (jobs/s by time, and ``control_…``, ``limit_…``), and ``throughput_at``, the

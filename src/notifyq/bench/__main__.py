@@ -35,6 +35,10 @@ OTHER_WORDS = ", ".join(name for name in ALL if name not in MAIN)
 @click.option("--kept/--not-kept", default=True, help="Whether finished jobs and outputs are kept.  [default: kept]")
 @click.option("--senders", default=32, show_default=True, type=click.IntRange(1), help="Connections that send at once.")
 @click.option("--seconds", type=click.FloatRange(1), help="How long a workload that lasts is measured.")
+@click.option("--queues", type=click.IntRange(1), help="Queues of idle [default: 10], and of queues [default: 1000].")
+@click.option(
+    "--backlog", default=1_000_000, show_default=True, type=click.IntRange(20_000), help="Jobs that wait, or are kept."
+)
 @click.option(
     "--repeat", type=click.IntRange(1), help="Runs; the median counts.  [default: 3, or 1 of those that last]"
 )

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from ._backlog import backlog
+from ._idle import idle
+from ._queues import queues
 from ._rules import flows, keys
 from ._senders import senders
 from ._sustained import pinned, sustained
@@ -39,6 +42,9 @@ ALL = {
     "senders": Kind(senders, ("senders", "seconds", "processes", "concurrency"), seconds=18.0),
     "sustained": Kind(sustained, ("seconds", "concurrency"), seconds=30.0, repeat=1, warm_up=0),
     "pinned": Kind(pinned, ("seconds", "concurrency"), seconds=60.0, repeat=1, warm_up=0),
+    "idle": Kind(idle, ("seconds", "queues"), seconds=60.0, queues=10, repeat=1, warm_up=0),
+    "backlog": Kind(backlog, ("backlog", "seconds"), seconds=5.0, repeat=1, warm_up=0),
+    "queues": Kind(queues, ("queues",), queues=1000, repeat=1, warm_up=0),
 }
 
 MAIN = ("enqueue", "drain", "latency")

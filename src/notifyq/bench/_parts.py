@@ -14,7 +14,7 @@ import psycopg
 
 from ._sql import CLEAR
 
-__all__ = ["GAP", "TURN", "Found", "Role", "Settings", "Tell", "Workload", "clear", "telling_sleep"]
+__all__ = ["GAP", "TURN", "Found", "Role", "Settings", "Tell", "Workload", "clear", "part_of", "telling_sleep"]
 
 Found = dict[str, Any]
 """What one run found: figures by name, and lists of samples, which stay with the run."""
@@ -106,9 +106,14 @@ def clear(dsn: str) -> None:
         connection.execute("checkpoint")
 
 
-def telling_sleep(seconds: float, tell: Tell, begin: float = 0.0, end: float = 1.0) -> None:
-    """Let so many seconds pass, and tell of them as the part of a run from ``begin`` to ``end``."""
+def part_of(tell: Tell, begin: float, end: float) -> Tell:
+    """Tell of something that is this part of a run."""
+    return lambda done: tell(begin + (end - begin) * done)
+
+
+def telling_sleep(seconds: float, tell: Tell) -> None:
+    """Let so many seconds pass, and tell of them."""
     started = time.monotonic()
     while (passed := time.monotonic() - started) < seconds:
-        tell(begin + (end - begin) * passed / seconds)
+        tell(passed / seconds)
         time.sleep(min(0.5, seconds - passed))

@@ -29,7 +29,7 @@ def medians(runs: list[Found]) -> dict[str, Any]:
 def _figure(values: list[Any]) -> Any:
     if isinstance(values[0], bool | int | str):
         return values[0]
-    return round(statistics.median(values), 3)
+    return round(statistics.median(values), 4)
 
 
 def _rounded(value: Any) -> Any:
@@ -55,9 +55,13 @@ def show(report: dict[str, Any]) -> None:
                 table.add_row(name, key, str(value), "", "")
                 continue
             values = [run[key] for run in figures["runs"]]
-            row = [f"{v:,.0f}" if abs(v) >= 100 else f"{v:,.2f}" for v in (value, min(values), max(values))]
-            table.add_row(name, key, *row)
+            table.add_row(name, key, *(_shown(one) for one in (value, min(values), max(values))))
     Console().print(table)
+
+
+def _shown(value: float) -> str:
+    """A number with as many digits as mean something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
 
 
 def write(report: dict[str, Any], file: Path) -> None:

@@ -10,7 +10,7 @@ import trio
 
 from notifyq import Job, Queue, Runtime, connect
 
-from . import _bare, _steady
+from . import _bare, _steady, _waiting
 from ._parts import GAP
 from ._rules import RULES
 from ._say import say, serve, wait_for_go
@@ -115,6 +115,12 @@ def main(role: str, dsn: str, *numbers: str) -> None:
             _steady.produce(dsn, numbers[0])
         case "bare-steady-work":
             _steady.bare_work(dsn)
+        case "idle":
+            trio.run(_waiting.idle, dsn, int(numbers[0]))
+        case "full":
+            trio.run(_waiting.full, dsn)
+        case "pattern":
+            trio.run(_waiting.pattern, dsn)
         case _:
             raise ValueError(role)
 

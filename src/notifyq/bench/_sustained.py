@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from ._parts import Found, Role, Settings, Tell, clear
+from ._parts import Found, Role, Settings, Tell, clear, part_of
 from ._sql import SAMPLED_PICKUPS, TAKE_SNAPSHOT
 from ._steady import CHUNK
 
@@ -41,13 +41,13 @@ def sustained(settings: Settings, tell: Tell) -> Found:
         settings,
         "plain",
         settings.seconds,
-        _part(tell, 0, 0.75),
+        part_of(tell, 0, 0.75),
         lambda: began.append(time.monotonic_ns()),
     )
     with psycopg.connect(settings.dsn) as connection:
         pickups = [row[0] for row in connection.execute(SAMPLED_PICKUPS, (began[0],)).fetchall()]
     clear(settings.dsn)
-    limit = _steady(settings, "bare", settings.seconds / 3, _part(tell, 0.75, 1))
+    limit = _steady(settings, "bare", settings.seconds / 3, part_of(tell, 0.75, 1))
     clear(settings.dsn)
     percentiles = statistics.quantiles(pickups, n=100)
     rate = statistics.mean(rates)
@@ -79,7 +79,7 @@ def pinned(settings: Settings, tell: Tell) -> Found:
                 snapshot.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
                 snapshot.execute(TAKE_SNAPSHOT)
 
-            part = _part(tell, number / 3, (number + 1) / 3)
+            part = part_of(tell, number / 3, (number + 1) / 3)
             curves[name] = _steady(settings, kind, settings.seconds, part, hold if held else None)
         clear(settings.dsn)
     found: Found = {}
@@ -95,10 +95,6 @@ def last_over_first(rates: list[float], seconds: float) -> float:
     """The last sixth of a run, or its last minute if that is less, over the first."""
     count = max(1, round(len(rates) * min(1 / 6, 60 / seconds)))
     return statistics.mean(rates[-count:]) / statistics.mean(rates[:count])
-
-
-def _part(tell: Tell, begin: float, end: float) -> Tell:
-    return lambda done: tell(begin + (end - begin) * done)
 
 
 def _steady(

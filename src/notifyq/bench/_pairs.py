@@ -1,0 +1,95 @@
+"""Two databases, a small one and a large one, and a watch for what is done in either in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import trio
+
+from notifyq import connect, testing
+
+from ._sql import BARE_SETUP, CLAIM, COMPLETE, MAKE_QUEUES, REGISTER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ._parts import Found, Settings
+
+    Connection = psycopg.Connection[Any]
+
+__all__ = ["SIDES", "TURNS", "Watch", "claim", "claim_and_complete", "in_pair"]
+
+SIDES = ("small", "large")
+
+TURNS = 45
+SKIPPED = 5
+"""Claims of each kind on each side, and how many of them, the first ones, do not count."""
+
+
+class Watch:
+    """Times what is done in turn, by name."""
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Time the block."""
+        started = time.perf_counter()
+        yield
+        self._seconds[name].append(time.perf_counter() - started)
+
+    def ms(self, name: str) -> float:
+        """The median, without the first ones."""
+        return statistics.median(self._seconds[name][SKIPPED:]) * 1000
+
+    def ratio(self, what: str) -> float:
+        """The median on the large side over the one on the small side."""
+        return self.ms(f"large_{what}") / self.ms(f"small_{what}")
+
+
+def in_pair(
+    settings: Settings, queues: tuple[int, int], measure: Callable[[dict[str, str], dict[str, Connection]], Found]
+) -> Found:
+    """Call ``measure`` with the DSNs of two databases of so many queues, and a connection to each, then drop them."""
+
+    def run(dsns: dict[str, str]) -> Found:
+        with ExitStack() as stack:
+            sides = {side: stack.enter_context(psycopg.connect(dsn, autocommit=True)) for side, dsn in dsns.items()}
+            for connection, number in zip(sides.values(), queues, strict=True):
+                connection.execute(BARE_SETUP)
+                connection.execute(MAKE_QUEUES, (number,))
+                connection.execute(REGISTER)
+            return measure(dsns, sides)
+
+    async def in_two_databases() -> Found:
+        async with testing.fresh_database(settings.dsn) as small, testing.fresh_database(settings.dsn) as large:
+            for dsn in (small, large):
+                async with connect(dsn):
+                    pass  # which installs the schema
+            return await trio.to_thread.run_sync(run, dict(zip(SIDES, (small, large), strict=True)))
+
+    return trio.run(in_two_databases)
+
+
+def claim(connection: Connection, queue: str, how_many: int) -> list[int]:
+    """Claim jobs for a runtime that only exists in the database."""
+    row = connection.execute(CLAIM, (queue, how_many)).fetchone()
+    assert row is not None
+    jobs: list[int] = row[0] or []
+    return jobs
+
+
+def claim_and_complete(watch: Watch, side: str, connection: Connection, queue: str, how_many: int) -> None:
+    """Claim so many jobs and complete them, both timed, by the number claimed."""
+    with watch.of(f"{side}_claim_{how_many}"):
+        jobs = claim(connection, queue, how_many)
+    if len(jobs) != how_many:
+        raise RuntimeError(f"only {len(jobs)} of {how_many} jobs were there to be claimed")
+    with watch.of(f"{side}_complete_{how_many}"):
+        connection.execute(COMPLETE, (jobs,))
