@@ -7,11 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-import trio
 from psycopg.conninfo import conninfo_to_dict
 
-from notifyq import testing
-
+from ._databases import own_database
 from ._parts import Found, Role, Settings, Tell, part_of, telling_sleep
 from ._sql import AUTOVACUUM_BACK, AUTOVACUUM_OFF, CONNECTIONS, EXTENSION, RELOAD, STATEMENTS, TRANSACTIONS
 
@@ -32,19 +30,12 @@ def idle(settings: Settings, tell: Tell) -> Found:
     database, since a runtime has no others. Those of autovacuum count, too: on a server of our own it is off meanwhile.
     """
 
-    async def in_its_own_database() -> Found:
-        async with testing.fresh_database(settings.dsn) as own:
-            return await trio.to_thread.run_sync(_measure, settings, own, tell)
-
-    return trio.run(in_its_own_database)
-
-
-def _measure(settings: Settings, dsn: str, tell: Tell) -> Found:
     settle = min(SETTLE, settings.seconds / 2)
     share = settle / (settle + settings.seconds)
-    database = conninfo_to_dict(dsn)["dbname"]
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
+        dsn = stack.enter_context(own_database(settings.dsn))
+        database = conninfo_to_dict(dsn)["dbname"]
         if settings.own_server:
             stack.enter_context(_without_autovacuum(connection))
         runtime = stack.enter_context(Role("idle", dsn, settings.queues))

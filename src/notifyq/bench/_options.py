@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -54,14 +54,17 @@ PLOTTED = ("latency", "sustained", "pinned")
 """Those that have something to plot."""
 
 
-def check(names: list[str], given: dict[str, object]) -> str | None:
+def check(names: list[str], given: dict[str, Any]) -> str | None:
     """What is wrong with the options given on the command line for these workloads, in one line; None: nothing."""
     for option, value in given.items():
         readers = PLOTTED if option == "plot" else tuple(name for name, kind in ALL.items() if option in kind.uses)
         if value is not None and readers and not set(readers) & set(names):
             flag = "--kept and --not-kept are" if option == "kept" else f"--{option} is"
-            return f"{flag} for {', '.join(readers)}: not for {', '.join(names)}"
-    jobs, processes = given.get("jobs"), given.get("processes")
-    if "enqueue" in names and isinstance(jobs, int) and isinstance(processes, int) and jobs < processes:
-        return f"--jobs {jobs} are too few for --processes {processes}: each sends at least one"
+            return f"{flag} for {', '.join(readers)}, not for {', '.join(names)}"
+    jobs, processes = given.get("jobs"), given.get("processes", 1)
+    if jobs is not None and processes > jobs and "enqueue" in names:
+        return f"--jobs {jobs} is too few for --processes {processes}: each sends at least one"
+    file = given.get("json_file")
+    if file is not None and not file.parent.is_dir():
+        return f"--json: there is no folder {file.parent}"
     return None

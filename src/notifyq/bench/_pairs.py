@@ -9,11 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-import trio
 
-from notifyq import connect, testing
-
-from ._sql import BARE_SETUP, CLAIM, COMPLETE, MAKE_QUEUES, REGISTER
+from ._databases import own_database
+from ._sql import CLAIM, COMPLETE, MAKE_QUEUES, REGISTER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,23 +56,13 @@ def in_pair(
 ) -> Found:
     """Call ``measure`` with the DSNs of two databases of so many queues, and a connection to each, then drop them."""
 
-    def run(dsns: dict[str, str]) -> Found:
-        with ExitStack() as stack:
-            sides = {side: stack.enter_context(psycopg.connect(dsn, autocommit=True)) for side, dsn in dsns.items()}
-            for connection, number in zip(sides.values(), queues, strict=True):
-                connection.execute(BARE_SETUP)
-                connection.execute(MAKE_QUEUES, (number,))
-                connection.execute(REGISTER)
-            return measure(dsns, sides)
-
-    async def in_two_databases() -> Found:
-        async with testing.fresh_database(settings.dsn) as small, testing.fresh_database(settings.dsn) as large:
-            for dsn in (small, large):
-                async with connect(dsn):
-                    pass  # which installs the schema
-            return await trio.to_thread.run_sync(run, dict(zip(SIDES, (small, large), strict=True)))
-
-    return trio.run(in_two_databases)
+    with ExitStack() as stack:
+        dsns = {side: stack.enter_context(own_database(settings.dsn)) for side in SIDES}
+        sides = {side: stack.enter_context(psycopg.connect(dsn, autocommit=True)) for side, dsn in dsns.items()}
+        for connection, number in zip(sides.values(), queues, strict=True):
+            connection.execute(MAKE_QUEUES, (number,))
+            connection.execute(REGISTER)
+        return measure(dsns, sides)
 
 
 def claim(connection: Connection, queue: str, how_many: int) -> list[int]:

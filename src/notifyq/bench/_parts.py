@@ -7,14 +7,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, LiteralString
 
 import attrs
 import psycopg
 
 from ._sql import CLEAR
 
-__all__ = ["GAP", "TURN", "Found", "Role", "Settings", "Tell", "Workload", "clear", "part_of", "telling_sleep"]
+__all__ = [
+    "GAP",
+    "TURN",
+    "Found",
+    "ProcessEnded",
+    "Role",
+    "Settings",
+    "Tell",
+    "Workload",
+    "clear",
+    "part_of",
+    "telling_sleep",
+]
 
 Found = dict[str, Any]
 """What one run found: figures by name, and lists of samples, which stay with the run."""
@@ -51,6 +64,10 @@ class Settings:
 
 
 Workload = Callable[[Settings, Tell], Found]
+
+
+class ProcessEnded(RuntimeError):
+    """A process of the benchmark has ended by itself, which is a fault of it or of the server."""
 
 
 class Role:
@@ -94,7 +111,7 @@ class Role:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("a benchmark process ended early; its error is above")
+            raise ProcessEnded("a process of the benchmark ended early: its own error is above")
         said: dict[str, Any] = json.loads(line)
         return said
 
@@ -103,7 +120,8 @@ def clear(dsn: str) -> None:
     """Leave nothing of a run behind."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(CLEAR)
-        connection.execute("checkpoint")
+        with suppress(psycopg.errors.InsufficientPrivilege):  # on a server given it may not
+            connection.execute("checkpoint")
 
 
 def part_of(tell: Tell, begin: float, end: float) -> Tell:
@@ -117,3 +135,9 @@ def telling_sleep(seconds: float, tell: Tell) -> None:
     while (passed := time.monotonic() - started) < seconds:
         tell(passed / seconds)
         time.sleep(min(0.5, seconds - passed))
+
+
+def wait_finished(connection: psycopg.Connection[Any], unfinished: LiteralString) -> None:
+    """Wait until a query no longer says that there is something to do. It is asked, since nobody is told of the last one."""
+    while connection.execute(unfinished).fetchone() == (True,):
+        time.sleep(0.01)

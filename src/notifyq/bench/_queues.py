@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ._pairs import SIDES, TURNS, Watch, claim_and_complete, in_pair
-from ._parts import GAP, TURN, Found, Role, Settings, Tell
+from ._parts import GAP, TURN, Found, Role, Settings, Tell, wait_finished
 from ._sql import (
     BARE_QUEUED_FILL,
     BARE_QUEUED_SETUP,
@@ -86,7 +86,6 @@ def _pickups(
                     time.sleep(random.uniform(0.5, 1.5) * GAP)  # both sides have gone to sleep by then
                     queue = f"bench.q{random.randint(1, numbers[side])}"
                     connection.execute(SEND_MOMENT, (queue, time.monotonic_ns()))
-                while connection.execute(UNFINISHED).fetchone() == (True,):
-                    time.sleep(0.01)
+                wait_finished(connection, UNFINISHED)
             tell(0.4 + 0.6 * (turn + 1) / turns)
     return {side: [row[0] for row in sides[side].execute(OUTPUTS).fetchall()][TURN:] for side in SIDES}

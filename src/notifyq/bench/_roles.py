@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import time
 
@@ -89,7 +90,8 @@ async def slow(dsn: str, concurrency: int) -> None:
 
 
 def main(role: str, dsn: str, *numbers: str) -> None:
-    """Run one role."""
+    """Run one role. Ctrl-C is for the parent: it then closes stdin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     match role:
         case "enqueue":
             trio.run(enqueue, dsn, int(numbers[0]), int(numbers[1]), int(numbers[2]))

@@ -14,7 +14,7 @@ import trio
 
 from notifyq import Flow, NewJob, Queue, connect
 
-from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear
+from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear, wait_finished
 from ._sql import CLAIM_HELD, PICKUPS, SEND_TO, UNFINISHED_BUT_HELD
 
 __all__ = ["RULES", "flows", "keys"]
@@ -45,8 +45,7 @@ def keys(settings: Settings, tell: Tell) -> Found:
                 data = [{"data": job, "key": f"k{job % number}"} for job in range(jobs)]
                 started = time.perf_counter()
                 connection.execute(SEND_TO, (queue.name, json.dumps(data)))
-                while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
-                    time.sleep(0.01)
+                wait_finished(connection, UNFINISHED_BUT_HELD)
                 figures[f"{rule}_{number}_jobs_per_second"] = jobs / (time.perf_counter() - started)
                 tell(len(figures) / (len(RULES) * len(KEYS) + 1))
         producer = stack.enter_context(Role("produce", settings.dsn, TURN, GAP))
@@ -54,8 +53,7 @@ def keys(settings: Settings, tell: Tell) -> Found:
             producer.go()
             producer.hear()
         _send_chain(settings.dsn)
-        while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
-            time.sleep(0.01)
+        wait_finished(connection, UNFINISHED_BUT_HELD)
         plain = [row[0] / 1e6 for row in connection.execute(PICKUPS, ("bench.latency",)).fetchall()][TURN:]
         chain = [row[0] for row in connection.execute(PICKUPS, ("bench.chain",)).fetchall()]
     freed = [(then["started"] - before["ended"]) / 1e6 for before, then in itertools.pairwise(chain)][TURN:]
@@ -106,8 +104,7 @@ def flows(settings: Settings, tell: Tell) -> Found:
         send_seconds = trio.run(send)
         tell(0.5)
         started = time.perf_counter()
-        while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
-            time.sleep(0.01)
+        wait_finished(connection, UNFINISHED_BUT_HELD)
         seconds = time.perf_counter() - started
     clear(settings.dsn)
     return {"sent_jobs_per_second": WIDE / send_seconds, "run_jobs_per_second": WIDE / seconds}

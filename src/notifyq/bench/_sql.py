@@ -16,6 +16,8 @@ create trigger bell after insert on bare for each statement execute function bar
 create table bare_plain (id bigint generated always as identity primary key, data jsonb);
 create table bare_done (id bigint primary key, data jsonb, output jsonb);
 """
+CREATE_DATABASE: LiteralString = "create database {}"
+DROP_DATABASE: LiteralString = "drop database {} with (force)"
 BARE_LISTEN: LiteralString = "listen bare"
 BARE_SEND: LiteralString = "insert into bare (sent) values (%s)"
 BARE_CLAIM: LiteralString = (
@@ -54,8 +56,9 @@ SAMPLED_PICKUPS: LiteralString = (
 )
 TAKE_SNAPSHOT: LiteralString = "select count(*) from notifyq.queue"
 CLEAR: LiteralString = (
-    "truncate notifyq.job, notifyq.ready, notifyq.active, notifyq.archive, notifyq.attempt, notifyq.blocked,"
-    " notifyq.key, notifyq.gate, notifyq.dependency, notifyq.flow_job, bare, bare_plain, bare_done"
+    "truncate notifyq.job, notifyq.ready, notifyq.scheduled, notifyq.blocked, notifyq.active, notifyq.archive,"
+    " notifyq.attempt, notifyq.key, notifyq.gate, notifyq.reserved, notifyq.id_key, notifyq.dependency,"
+    " notifyq.flow_job, bare, bare_plain, bare_done"
 )
 SEND_TO: LiteralString = "select count(*) from notifyq.send_many(%s, %s::jsonb)"
 CLAIM_HELD: LiteralString = "select id from notifyq.claim(%s, 1000, lease => '1 day')"

@@ -9,16 +9,10 @@ from contextlib import ExitStack
 
 import psycopg
 
-from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear
-from ._sql import BARE_FILL, BARE_SETUP, PICKUPS, SEND_ALL, UNFINISHED
+from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear, wait_finished
+from ._sql import BARE_FILL, PICKUPS, SEND_ALL, UNFINISHED
 
-__all__ = ["drain", "enqueue", "latency", "set_up"]
-
-
-def set_up(dsn: str) -> None:
-    """What the bare limit needs."""
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(BARE_SETUP)
+__all__ = ["drain", "enqueue", "latency"]
 
 
 def enqueue(settings: Settings, tell: Tell) -> Found:
@@ -54,8 +48,7 @@ def drain(settings: Settings, tell: Tell) -> Found:
             stack.enter_context(Role("work", settings.dsn, settings.concurrency))
         connection.execute(SEND_ALL, (data,))
         started = time.perf_counter()
-        while connection.execute(UNFINISHED).fetchone() == (True,):
-            time.sleep(0.01)
+        wait_finished(connection, UNFINISHED)
         rate = settings.jobs / (time.perf_counter() - started)
     clear(settings.dsn)
     tell(0.5)
@@ -102,8 +95,7 @@ def latency(settings: Settings, tell: Tell) -> Found:
         for turn in range(turns + 1):
             producer.go()
             producer.hear()
-            while connection.execute(UNFINISHED).fetchone() == (True,):
-                time.sleep(0.01)
+            wait_finished(connection, UNFINISHED)
             bare_producer.go()
             bare_producer.hear()
             pickups = bare_consumer.hear()["pickups"]
