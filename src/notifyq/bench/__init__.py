@@ -17,7 +17,7 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``latency.p50_ms``, ``p95_ms``, ``p99_ms``, ``max_ms`` | from the call of send to the worker's first line, one at a time |
 | ``latency.limit_p50_ms`` | the same by hand in plain psycopg: insert, trigger, notify, delete |
 | ``latency.p50_over_limit`` | one over the other, of the same run |
-| ``keys.singleton_N_jobs_per_second``, ``key_limit_5_N_…`` | jobs of N keys while other keys hold back 100,000 |
+| ``keys.singleton_N_jobs_per_second``, ``key_limit_5_N_…`` | jobs of N keys, others hold 100,000 back (or 20 ``--jobs``) |
 | ``keys.freed_p50_ms``, ``plain_p50_ms`` | end of a job to the start of the next of its key; plain pickup |
 | ``keys.freed_over_plain`` | one over the other |
 | ``flows.sent_jobs_per_second``, ``run_jobs_per_second`` | 10,000 jobs between one before and one after them |
@@ -41,7 +41,7 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``backlog.blocked_claim_ratio``, ``blocked_complete_ratio`` | of 25 free keys, as many blocked behind keys that are held |
 | ``backlog.limit_claim_ratio``, ``limit_claim_ms`` | deletes of 50 from bare tables of as many rows |
 | ``backlog.runtime_mib`` | most memory of a runtime with its slots full and as many waiting |
-| ``queues.claim_ratio``, ``claim_ms`` | claims of 50 of 50,000 jobs spread over ``queues`` queues, over those in one |
+| ``queues.queues``, ``claim_ratio``, ``claim_ms`` | claims of 50 of 50,000 jobs in so many queues, over those in one |
 | ``queues.limit_claim_ratio``, ``limit_claim_ms`` | deletes from bare tables with as many queues in a column |
 | ``queues.pickup_p50_ms``, ``one_pickup_p50_ms``, ``pickup_ratio`` | by a runtime of all by a pattern; of one; over it |
 

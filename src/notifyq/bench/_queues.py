@@ -29,7 +29,7 @@ __all__ = ["queues"]
 WAITING = 50_000
 """Jobs that wait on either side, in one queue or spread over all."""
 
-PICKUPS = 100
+PICKUPS = 75
 
 
 def queues(settings: Settings, tell: Tell) -> Found:

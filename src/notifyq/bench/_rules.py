@@ -36,7 +36,7 @@ def keys(settings: Settings, tell: Tell) -> Found:
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
         for queue in RULES.values():
-            _hold_back(connection, queue.name)
+            _hold_back(connection, queue.name, min(BLOCKED, 20 * settings.jobs))
         for _ in range(settings.processes):
             stack.enter_context(Role("work", settings.dsn, settings.concurrency))
         for rule, queue in RULES.items():
@@ -64,9 +64,9 @@ def keys(settings: Settings, tell: Tell) -> Found:
     return figures
 
 
-def _hold_back(connection: psycopg.Connection[Any], queue: str) -> None:
-    """Leave 100,000 jobs blocked behind a few keys, whose active jobs are claimed by hand."""
-    data = [{"data": job, "key": f"held{job % HELD_KEYS}"} for job in range(BLOCKED + 5 * HELD_KEYS)]
+def _hold_back(connection: psycopg.Connection[Any], queue: str, blocked: int) -> None:
+    """Leave so many jobs blocked behind a few keys, whose active jobs are claimed by hand."""
+    data = [{"data": job, "key": f"held{job % HELD_KEYS}"} for job in range(blocked + 5 * HELD_KEYS)]
     connection.execute(SEND_TO, (queue, json.dumps(data)))
     while connection.execute(CLAIM_HELD, (queue,)).fetchall():
         pass

@@ -115,6 +115,7 @@ def _steady(
         if kind == "bare":
             stack.callback(worker.kill)
         producer = stack.enter_context(Role("steady-produce", settings.dsn, kind))
+        stack.callback(producer.kill)  # it would send what it has leave for
         for _ in range(WINDOWS[kind] // CHUNK):
             producer.go()
         begin = time.monotonic() + warm_up
