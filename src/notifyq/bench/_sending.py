@@ -5,12 +5,16 @@ from __future__ import annotations
 import select
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg.pq import ExecStatus
 
 from ._say import say
 from ._sql import BARE_SEND_ONE, SEND_ONE
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
 
 __all__ = ["STATEMENTS", "send_singles"]
 
@@ -29,8 +33,7 @@ def send_singles(dsn: str, senders: int) -> None:
     poll = select.poll()
     for fileno, pgconn in by_fileno.items():
         for kind, statement in STATEMENTS.items():
-            prepared = pgconn.prepare(kind.encode(), statement.replace("queue", f"bench.send_{kind}").encode())
-            assert prepared.status == ExecStatus.COMMAND_OK, prepared.error_message
+            _check(pgconn.prepare(kind.encode(), statement.replace("queue", f"bench.send_{kind}").encode()))
         poll.register(fileno, select.POLLIN)
     say(ready=True)
     for line in sys.stdin:
@@ -48,7 +51,7 @@ def send_singles(dsn: str, senders: int) -> None:
                 if pgconn.is_busy():
                     continue
                 while (result := pgconn.get_result()) is not None:
-                    assert result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK), result.error_message
+                    _check(result)
                 sent += 1
                 if time.perf_counter() < until:
                     pgconn.send_query_prepared(name, None)
@@ -57,3 +60,8 @@ def send_singles(dsn: str, senders: int) -> None:
         say(sent=sent, seconds=time.perf_counter() - started, cpu=time.process_time() - cpu)
     for connection in connections:
         connection.close()
+
+
+def _check(result: PGresult) -> None:
+    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        raise psycopg.OperationalError(result.error_message.decode())
