@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ._pairs import TURNS, Watch, claim, claim_and_complete, in_pair
+from ._pairs import Watch, claim, claim_and_complete, in_pair, in_turn
 from ._parts import Found, Role, Settings, Tell, part_of, telling_sleep
 from ._sql import BARE_FILL_MANY, BARE_TAKE, CLAIM_HELD, COMPLETE, FILL, FILL_HELD, SEND_25_KEYS
 
@@ -76,19 +76,17 @@ def _fill(sides: dict[str, Connection], sizes: dict[str, int], statement: Litera
 
 def _claims(sides: dict[str, Connection]) -> Watch:
     watch = Watch()
-    for _ in range(TURNS):
-        for how_many in BATCHES:
-            for side, connection in sides.items():
-                claim_and_complete(watch, side, connection, QUEUE, how_many)
+    for how_many in BATCHES:
+        for _, side, connection in in_turn(sides):
+            claim_and_complete(watch, side, connection, QUEUE, how_many)
     return watch
 
 
 def _bare_takes(sides: dict[str, Connection]) -> Watch:
     watch = Watch()
-    for _ in range(TURNS):
-        for side, connection in sides.items():
-            with watch.of(f"{side}_take"):
-                connection.execute(BARE_TAKE, {"rows": BATCHES[0], "kept": True}).fetchall()
+    for _, side, connection in in_turn(sides):
+        with watch.of(f"{side}_take"):
+            connection.execute(BARE_TAKE, {"rows": BATCHES[0], "kept": True}).fetchall()
     return watch
 
 
@@ -99,11 +97,10 @@ def _by_key(sides: dict[str, Connection]) -> Watch:
         while connection.execute(CLAIM_HELD, (KEYED,)).fetchall():
             pass
         connection.execute("vacuum analyze")
-    for _ in range(TURNS):
-        for side, connection in sides.items():
-            connection.execute(SEND_25_KEYS)
-            for _ in range(2):  # the second half was blocked by the first
-                claim_and_complete(watch, side, connection, KEYED, 25)
+    for _, side, connection in in_turn(sides):
+        connection.execute(SEND_25_KEYS)
+        for _ in range(2):  # the second half was blocked by the first
+            claim_and_complete(watch, side, connection, KEYED, 25)
     return watch
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Connection = psycopg.Connection[Any]
 
-__all__ = ["SIDES", "TURNS", "Watch", "claim", "claim_and_complete", "in_pair"]
+__all__ = ["SIDES", "Watch", "claim", "claim_and_complete", "in_pair", "in_turn"]
 
 SIDES = ("small", "large")
 
@@ -63,6 +63,15 @@ def in_pair(
             connection.execute(MAKE_QUEUES, (number,))
             connection.execute(REGISTER)
         return measure(dsns, sides)
+
+
+def in_turn(sides: dict[str, Connection]) -> Iterator[tuple[int, str, Connection]]:
+    """Each side once a turn, with the turn's number; the one that was last in a turn is first in the next."""
+    order = list(sides.items())
+    for turn in range(TURNS):
+        for side, connection in order:
+            yield turn, side, connection
+        order.reverse()
 
 
 def claim(connection: Connection, queue: str, how_many: int) -> list[int]:

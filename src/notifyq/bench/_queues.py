@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ._pairs import SIDES, TURNS, Watch, claim_and_complete, in_pair
+from ._pairs import SIDES, Watch, claim_and_complete, in_pair, in_turn
 from ._parts import GAP, TURN, Found, Role, Settings, Tell, wait_finished
 from ._sql import (
     BARE_QUEUED_FILL,
@@ -48,12 +48,11 @@ def queues(settings: Settings, tell: Tell) -> Found:
                 connection.execute(statement, {"queues": numbers[side], "each": WAITING // numbers[side] + 50})
             connection.execute("vacuum analyze")
         tell(0.2)
-        for turn in range(TURNS):
-            for side, connection in sides.items():
-                queue = turn % numbers[side] + 1
-                claim_and_complete(claims, side, connection, f"bench.q{queue}", 50)
-                with bare.of(f"{side}_take"):
-                    connection.execute(BARE_QUEUED_TAKE, (queue, 50)).fetchall()
+        for turn, side, connection in in_turn(sides):
+            queue = turn % numbers[side] + 1
+            claim_and_complete(claims, side, connection, f"bench.q{queue}", 50)
+            with bare.of(f"{side}_take"):
+                connection.execute(BARE_QUEUED_TAKE, (queue, 50)).fetchall()
         tell(0.4)
         pickups = _pickups(dsns, sides, numbers, tell)
         p50 = {side: statistics.median(found) for side, found in pickups.items()}
