@@ -5,14 +5,35 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, LiteralString
 
 import attrs
 import psycopg
 
 from ._sql import CLEAR
 
-__all__ = ["GAP", "TURN", "Role", "Settings", "clear"]
+__all__ = [
+    "GAP",
+    "TURN",
+    "Found",
+    "ProcessEnded",
+    "Role",
+    "Settings",
+    "Tell",
+    "Workload",
+    "clear",
+    "part_of",
+    "telling_sleep",
+]
+
+Found = dict[str, Any]
+"""What one run found: figures by name, and lists of samples, which stay with the run."""
+
+Tell = Callable[[float], object]
+"""Told by a workload how much of a run is done, from 0 to 1."""
 
 GAP = 0.02
 """Seconds between the sends of the latency workload: both sides have gone to sleep by then."""
@@ -31,6 +52,22 @@ class Settings:
     concurrency: int
     batch: int
     kept: bool
+    senders: int = 32
+    """Connections that send single rows."""
+    seconds: float = 30.0
+    """How long a workload that lasts is measured."""
+    queues: int = 10
+    backlog: int = 1_000_000
+    """Jobs that wait, or are kept, in the larger of two databases."""
+    own_server: bool = False
+    """It was started for this run: its settings may be changed."""
+
+
+Workload = Callable[[Settings, Tell], Found]
+
+
+class ProcessEnded(RuntimeError):
+    """A process of the benchmark has ended by itself, which is a fault of it or of the server."""
 
 
 class Role:
@@ -63,10 +100,10 @@ class Role:
         """End it now."""
         self._process.kill()
 
-    def go(self) -> None:
+    def go(self, what: str = "") -> None:
         """Let it begin."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
+        self._process.stdin.write(what + "\n")
         self._process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
@@ -74,7 +111,7 @@ class Role:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("a benchmark process ended early; its error is above")
+            raise ProcessEnded("a process of the benchmark ended early: its own error is above")
         said: dict[str, Any] = json.loads(line)
         return said
 
@@ -83,4 +120,24 @@ def clear(dsn: str) -> None:
     """Leave nothing of a run behind."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(CLEAR)
-        connection.execute("checkpoint")
+        with suppress(psycopg.errors.InsufficientPrivilege):  # on a server given it may not
+            connection.execute("checkpoint")
+
+
+def part_of(tell: Tell, begin: float, end: float) -> Tell:
+    """Tell of something that is this part of a run."""
+    return lambda done: tell(begin + (end - begin) * done)
+
+
+def telling_sleep(seconds: float, tell: Tell) -> None:
+    """Let so many seconds pass, and tell of them."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        tell(passed / seconds)
+        time.sleep(min(0.5, seconds - passed))
+
+
+def wait_finished(connection: psycopg.Connection[Any], unfinished: LiteralString) -> None:
+    """Wait until a query no longer says that there is something to do. It is asked, since nobody is told of the last one."""
+    while connection.execute(unfinished).fetchone() == (True,):
+        time.sleep(0.01)

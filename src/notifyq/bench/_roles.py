@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
+import signal
 import sys
 import time
-from typing import Any
 
-import psycopg
 import trio
 
 from notifyq import Job, Queue, Runtime, connect
 
+from . import _bare, _steady, _waiting
 from ._parts import GAP
 from ._rules import RULES
-from ._sql import BARE_CLAIM, BARE_LISTEN, BARE_SEND
+from ._say import say, serve, wait_for_go
+from ._sending import send_singles
 
 DRAIN: Queue[int, int] = Queue("bench.drain", int, int)
 LATENCY: Queue[int, int] = Queue("bench.latency", int, int)
-
-
-def say(**line: Any) -> None:
-    """Tell the parent something."""
-    print(json.dumps(line), flush=True)
-
-
-async def wait_for_go() -> bool:
-    """Wait until the parent writes a line; False when it has closed stdin."""
-    return bool(await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True))
 
 
 async def enqueue(dsn: str, jobs: int, batch: int, concurrency: int) -> None:
@@ -71,12 +61,7 @@ async def work(dsn: str, concurrency: int) -> None:
     rules = [Queue(queue.name, int, int) for queue in RULES.values()]
     for queue in rules:
         queue.worker(concurrency=concurrency)(same)
-    runtime = Runtime([DRAIN, LATENCY, chain, *rules], dsn=dsn, migrate=False)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(runtime.run)
-        say(ready=True)
-        await wait_for_go()
-        runtime.stop()
+    await serve(Runtime([DRAIN, LATENCY, chain, *rules], dsn=dsn, migrate=False))
 
 
 async def produce(dsn: str, jobs: int, gap: float) -> None:
@@ -92,37 +77,21 @@ async def produce(dsn: str, jobs: int, gap: float) -> None:
             say(done=True)
 
 
-def bare_consume(dsn: str, jobs: int) -> None:
-    """The limit: LISTEN, and claim one row by hand for each notification, in plain psycopg. Tells of every ``jobs`` jobs."""
-    pickups: list[int] = []
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(BARE_LISTEN)
-        connection.execute(BARE_CLAIM)
-        say(ready=True)
-        while True:
-            # until the parent kills it: notifies() can't also wait for stdin
-            list(connection.notifies(stop_after=1))
-            while (row := connection.execute(BARE_CLAIM).fetchone()) is not None:
-                pickups.append(time.monotonic_ns() - row[0])
-            if len(pickups) >= jobs:
-                say(pickups=pickups)
-                pickups = []
+async def slow(dsn: str, concurrency: int) -> None:
+    """Serve the queues of the senders workload with jobs that take ``GAP`` seconds, until the parent closes stdin."""
 
+    async def sleep(_: Job[int]) -> None:
+        await trio.sleep(GAP)
 
-def bare_produce(dsn: str, jobs: int, gap: float) -> None:
-    """The limit's other side: one row and one NOTIFY, by hand."""
-    spread = random.Random()
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        say(ready=True)
-        while sys.stdin.readline():
-            for _ in range(jobs):
-                time.sleep(spread.uniform(0.5, 1.5) * gap)
-                connection.execute(BARE_SEND, (time.monotonic_ns(),))
-            say(done=True)
+    queues: list[Queue[int, None]] = [Queue(f"bench.send_{kind}", int) for kind in ("default", "no_notify")]
+    for queue in queues:
+        queue.worker(concurrency=concurrency)(sleep)
+    await serve(Runtime(queues, dsn=dsn, migrate=False))
 
 
 def main(role: str, dsn: str, *numbers: str) -> None:
-    """Run one role."""
+    """Run one role. Ctrl-C is for the parent: it then closes stdin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     match role:
         case "enqueue":
             trio.run(enqueue, dsn, int(numbers[0]), int(numbers[1]), int(numbers[2]))
@@ -130,10 +99,32 @@ def main(role: str, dsn: str, *numbers: str) -> None:
             trio.run(work, dsn, int(numbers[0]))
         case "produce":
             trio.run(produce, dsn, int(numbers[0]), float(numbers[1]))
+        case "slow":
+            trio.run(slow, dsn, int(numbers[0]))
+        case "send-singles":
+            send_singles(dsn, int(numbers[0]))
+        case "bare-enqueue":
+            _bare.enqueue(dsn, int(numbers[0]), int(numbers[1]), int(numbers[2]))
+        case "bare-take":
+            _bare.take(dsn, numbers[0] == "True")
         case "bare-consume":
-            bare_consume(dsn, int(numbers[0]))
+            _bare.consume(dsn, int(numbers[0]))
         case "bare-produce":
-            bare_produce(dsn, int(numbers[0]), float(numbers[1]))
+            _bare.produce(dsn, int(numbers[0]), float(numbers[1]))
+        case "steady-work":
+            trio.run(_steady.work, dsn, int(numbers[0]))
+        case "steady-produce":
+            _steady.produce(dsn, numbers[0])
+        case "bare-steady-work":
+            _steady.bare_work(dsn)
+        case "idle":
+            trio.run(_waiting.idle, dsn, int(numbers[0]))
+        case "full":
+            trio.run(_waiting.full, dsn)
+        case "pattern":
+            trio.run(_waiting.pattern, dsn)
+        case _:
+            raise ValueError(role)
 
 
 if __name__ == "__main__":

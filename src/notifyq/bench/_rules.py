@@ -7,18 +7,15 @@ import json
 import statistics
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 import trio
 
 from notifyq import Flow, NewJob, Queue, connect
 
-from ._parts import GAP, TURN, Role, Settings, clear
+from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear, wait_finished
 from ._sql import CLAIM_HELD, PICKUPS, SEND_TO, UNFINISHED_BUT_HELD
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["RULES", "flows", "keys"]
 
@@ -33,13 +30,13 @@ WIDE = 10_000
 FREED = 100
 
 
-def keys(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+def keys(settings: Settings, tell: Tell) -> Found:
     """Jobs/s by rule and number of keys while other keys hold back 100,000 jobs; freed key to next start; plain pickup."""
-    figures: dict[str, float] = {}
+    figures: Found = {}
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
         for queue in RULES.values():
-            _hold_back(connection, queue.name)
+            _hold_back(connection, queue.name, min(BLOCKED, 20 * settings.jobs))
         for _ in range(settings.processes):
             stack.enter_context(Role("work", settings.dsn, settings.concurrency))
         for rule, queue in RULES.items():
@@ -48,16 +45,15 @@ def keys(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
                 data = [{"data": job, "key": f"k{job % number}"} for job in range(jobs)]
                 started = time.perf_counter()
                 connection.execute(SEND_TO, (queue.name, json.dumps(data)))
-                while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
-                    time.sleep(0.01)
+                wait_finished(connection, UNFINISHED_BUT_HELD)
                 figures[f"{rule}_{number}_jobs_per_second"] = jobs / (time.perf_counter() - started)
+                tell(len(figures) / (len(RULES) * len(KEYS) + 1))
         producer = stack.enter_context(Role("produce", settings.dsn, TURN, GAP))
         for _ in range(FREED // TURN + 1):
             producer.go()
             producer.hear()
         _send_chain(settings.dsn)
-        while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
-            time.sleep(0.01)
+        wait_finished(connection, UNFINISHED_BUT_HELD)
         plain = [row[0] / 1e6 for row in connection.execute(PICKUPS, ("bench.latency",)).fetchall()][TURN:]
         chain = [row[0] for row in connection.execute(PICKUPS, ("bench.chain",)).fetchall()]
     freed = [(then["started"] - before["ended"]) / 1e6 for before, then in itertools.pairwise(chain)][TURN:]
@@ -65,13 +61,12 @@ def keys(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
     figures["plain_p50_ms"] = statistics.median(plain)
     figures["freed_over_plain"] = figures["freed_p50_ms"] / figures["plain_p50_ms"]
     clear(settings.dsn)
-    step()
     return figures
 
 
-def _hold_back(connection: psycopg.Connection[Any], queue: str) -> None:
-    """Leave 100,000 jobs blocked behind a few keys, whose active jobs are claimed by hand."""
-    data = [{"data": job, "key": f"held{job % HELD_KEYS}"} for job in range(BLOCKED + 5 * HELD_KEYS)]
+def _hold_back(connection: psycopg.Connection[Any], queue: str, blocked: int) -> None:
+    """Leave so many jobs blocked behind a few keys, whose active jobs are claimed by hand."""
+    data = [{"data": job, "key": f"held{job % HELD_KEYS}"} for job in range(blocked + 5 * HELD_KEYS)]
     connection.execute(SEND_TO, (queue, json.dumps(data)))
     while connection.execute(CLAIM_HELD, (queue,)).fetchall():
         pass
@@ -87,7 +82,7 @@ def _send_chain(dsn: str) -> None:
     trio.run(send)
 
 
-def flows(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+def flows(settings: Settings, tell: Tell) -> Found:
     """A job, 10,000 that wait for it, and one that waits for them: sent, and run."""
     part: Queue[int, int] = Queue("bench.drain", int, int)
     with ExitStack() as stack:
@@ -107,10 +102,9 @@ def flows(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
                 return time.perf_counter() - started
 
         send_seconds = trio.run(send)
+        tell(0.5)
         started = time.perf_counter()
-        while connection.execute(UNFINISHED_BUT_HELD).fetchone() == (True,):
-            time.sleep(0.01)
+        wait_finished(connection, UNFINISHED_BUT_HELD)
         seconds = time.perf_counter() - started
     clear(settings.dsn)
-    step()
     return {"sent_jobs_per_second": WIDE / send_seconds, "run_jobs_per_second": WIDE / seconds}

@@ -1,4 +1,4 @@
-"""The workloads: start processes, say go, time them."""
+"""The workloads that take seconds: start processes, say go, time them."""
 
 from __future__ import annotations
 
@@ -6,57 +6,79 @@ import json
 import statistics
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import psycopg
 
-from ._parts import GAP, TURN, Role, Settings, clear
-from ._rules import flows, keys
-from ._sql import BARE_SETUP, PICKUPS, SEND_ALL, UNFINISHED
+from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear, wait_finished
+from ._sql import BARE_FILL, PICKUPS, SEND_ALL, UNFINISHED
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["MAIN", "WORKLOADS", "set_up"]
+__all__ = ["drain", "enqueue", "latency"]
 
 
-def enqueue(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
-    """Bulk sends: jobs/s from the first send to the last commit."""
+def enqueue(settings: Settings, tell: Tell) -> Found:
+    """Bulk sends: jobs/s from the first send to the last commit. The limit: bare inserts from JSON, as many at once."""
     each = settings.jobs // settings.processes
-    with ExitStack() as stack:
-        senders = [
-            stack.enter_context(Role("enqueue", settings.dsn, each, settings.batch, settings.concurrency))
-            for _ in range(settings.processes)
-        ]
-        started = time.perf_counter()
-        for sender in senders:
-            sender.go()
-        for sender in senders:
-            sender.hear()
-        seconds = time.perf_counter() - started
-    clear(settings.dsn)
-    step()
-    return {"jobs_per_second": each * settings.processes / seconds}
+    rates: list[float] = []
+    for role in ("enqueue", "bare-enqueue"):
+        with ExitStack() as stack:
+            senders = [
+                stack.enter_context(Role(role, settings.dsn, each, settings.batch, settings.concurrency))
+                for _ in range(settings.processes)
+            ]
+            started = time.perf_counter()
+            for sender in senders:
+                sender.go()
+            for sender in senders:
+                sender.hear()
+            rates.append(each * settings.processes / (time.perf_counter() - started))
+        clear(settings.dsn)
+        tell(0.5)
+    return {"jobs_per_second": rates[0], "limit_jobs_per_second": rates[1], "fraction_of_limit": rates[0] / rates[1]}
 
 
-def drain(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
-    """Jobs/s from the commit that makes them ready until the last completion is committed."""
+def drain(settings: Settings, tell: Tell) -> Found:
+    """Jobs/s from the commit that makes them ready until the last completion is committed.
+
+    The limit: each process deletes rows of a bare table, 100 at a time, and inserts them into another one if they are kept.
+    """
+    data = json.dumps([{"data": number} for number in range(settings.jobs)])
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
         for _ in range(settings.processes):
             stack.enter_context(Role("work", settings.dsn, settings.concurrency))
-        data = json.dumps([{"data": number} for number in range(settings.jobs)])
         connection.execute(SEND_ALL, (data,))
         started = time.perf_counter()
-        while connection.execute(UNFINISHED).fetchone() == (True,):
-            time.sleep(0.01)
-        seconds = time.perf_counter() - started
+        wait_finished(connection, UNFINISHED)
+        rate = settings.jobs / (time.perf_counter() - started)
     clear(settings.dsn)
-    step()
-    return {"jobs_per_second": settings.jobs / seconds, "processes": settings.processes, "kept": settings.kept}
+    tell(0.5)
+    limit = _bare_drain(settings, data)
+    clear(settings.dsn)
+    return {
+        "jobs_per_second": rate,
+        "processes": settings.processes,
+        "kept": settings.kept,
+        "limit_jobs_per_second": limit,
+        "fraction_of_limit": rate / limit,
+    }
 
 
-def latency(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
+def _bare_drain(settings: Settings, data: str) -> float:
+    with ExitStack() as stack:
+        with psycopg.connect(settings.dsn, autocommit=True) as connection:
+            connection.execute(BARE_FILL, (data,))
+        workers = [
+            stack.enter_context(Role("bare-take", settings.dsn, settings.kept)) for _ in range(settings.processes)
+        ]
+        started = time.perf_counter()
+        for worker in workers:
+            worker.go()
+        taken = sum(worker.hear()["taken"] for worker in workers)
+        rate: float = taken / (time.perf_counter() - started)
+    return rate
+
+
+def latency(settings: Settings, tell: Tell) -> Found:
     """Send to start of the worker on an idle system, and the same by hand in plain psycopg, a few sends of each in turn.
 
     In turn, because the speed of a shared machine changes from second to second. The first turn of each is a warm-up.
@@ -73,15 +95,14 @@ def latency(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
         for turn in range(turns + 1):
             producer.go()
             producer.hear()
-            while connection.execute(UNFINISHED).fetchone() == (True,):
-                time.sleep(0.01)
+            wait_finished(connection, UNFINISHED)
             bare_producer.go()
             bare_producer.hear()
             pickups = bare_consumer.hear()["pickups"]
             limit += [pickup / 1e6 for pickup in pickups] if turn else []
+            tell((turn + 1) / (turns + 1))
         found = [row[0] / 1e6 for row in connection.execute(PICKUPS, ("bench.latency",)).fetchall()][TURN:]
     clear(settings.dsn)
-    step()
     percentiles = statistics.quantiles(found, n=100)
     p50, limit_p50 = percentiles[49], statistics.median(limit)
     return {
@@ -91,22 +112,6 @@ def latency(settings: Settings, step: Callable[[], None]) -> dict[str, float]:
         "max_ms": max(found),
         "limit_p50_ms": limit_p50,
         "p50_over_limit": p50 / limit_p50,
+        "samples_ms": found,
+        "limit_samples_ms": limit,
     }
-
-
-WORKLOADS: dict[str, Callable[[Settings, Callable[[], None]], dict[str, float]]] = {
-    "enqueue": enqueue,
-    "drain": drain,
-    "latency": latency,
-    "keys": keys,
-    "flows": flows,
-}
-
-MAIN = ("enqueue", "drain", "latency")
-"""What is measured if nothing is named."""
-
-
-def set_up(dsn: str) -> None:
-    """What the bare limit needs."""
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(BARE_SETUP)
