@@ -31,7 +31,9 @@ begin
     )
     insert into notifyq.ready (queue, priority, number, job, attempt, turn)
     select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt,
-        case when q.fair then coalesce(j.key, '') end
+        case when q.fair and g.attempt = 0
+            and not exists (select from notifyq.blocked b where b.queue = g.queue and b.key = coalesce(j.key, '') and b.parents = 0)
+            then coalesce(j.key, '') end
     from gone g
     join notifyq.job j on j.id = g.job
     join notifyq.queue q on q.number = g.queue

@@ -138,6 +138,7 @@ declare
     key_by_key boolean;
     started_keys text[] := '{}';
     rated_keys text[] := '{}';
+    queued_keys text[] := '{}';
     working jsonb := admit.at_work;
     started int;
 begin
@@ -167,6 +168,7 @@ begin
         attempts := attempts || sifted.attempts;
         started_keys := started_keys || sifted.started_keys;
         rated_keys := rated_keys || sifted.rated_keys;
+        queued_keys := queued_keys || sifted.queued_keys;
         room := room - cardinality(sifted.started_keys);
         if admit.key_limit is not null then
             working := notifyq.add_keys(working, sifted.started_keys);
@@ -174,8 +176,8 @@ begin
         exit when key_by_key or sifted.looked_at < window_size;
         window_size := least(window_size * 4, 2000);
     end loop;
-    if (q.fair or q.key_rate_limit is not null) and cardinality(started_keys || rated_keys) > 0 then
-        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, greatest(room, 0), admit.low, admit.high,
+    if (q.fair or q.key_rate_limit is not null) and cardinality(started_keys || rated_keys || queued_keys) > 0 then
+        select * into sifted from notifyq.take_turns(q, started_keys, rated_keys, queued_keys, greatest(room, 0), admit.low, admit.high,
             admit.key_limit, working, moment);
         jobs := jobs || sifted.jobs;
         numbers := numbers || sifted.numbers;
@@ -259,8 +261,31 @@ as $$
     ) f
 $$;
 
+-- Whether each of these tickets of a fair queue was sent by itself after others of its key that wait.
+create or replace function notifyq.stand_behind(queue notifyq.queue, tickets notifyq.ready[]) returns boolean[]
+language sql stable
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    select array_agg((n.priority > t.priority or n.priority = t.priority and n.number < t.number) is true order by t.place)
+    from unnest(stand_behind.tickets) with ordinality t (number, job, queue, attempt, priority, turn, place)
+    left join (
+        select k.turn, b.priority, b.number
+        from (select distinct o.turn from unnest(stand_behind.tickets) o) k
+        cross join lateral (
+            select b.priority, b.number from notifyq.blocked b
+            where b.queue = (stand_behind.queue).number and b.key = k.turn and b.parents = 0
+            order by b.priority desc, b.number
+            limit 1
+        ) b
+    ) n on n.turn = t.turn
+$$;
+
 -- One look at the tickets in front: takes up to room that may start, moves to blocked those whose
 -- key is held, at its rate, or (in a fair queue) among those that had their turn, and leaves the rest. started_keys has one element a start.
+-- queued_keys: those of what was put behind others of its key, whose next one stands further back.
 -- key_by_key: instead of what is in front, it looks at the first ticket of each key that has not had its turn.
 create or replace function notifyq.sift(
     queue notifyq.queue,
@@ -278,7 +303,8 @@ create or replace function notifyq.sift(
     out numbers bigint[],
     out attempts int[],
     out started_keys text[],
-    out rated_keys text[]
+    out rated_keys text[],
+    out queued_keys text[]
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -295,6 +321,7 @@ declare
     full_keys constant text[] := array(select w.key from jsonb_each(sift.at_work) w where w.value::int >= sift.key_limit);
     front notifyq.ready[];
     places tid[];
+    behind boolean[];
     passed_over text[] := '{}';
     verdict record;
 begin
@@ -323,6 +350,10 @@ begin
     if looked_at = 0 then
         return;
     end if;
+    if q.fair then
+        -- What was sent by itself after others of its key that wait comes after them: they have a place in line already.
+        behind := notifyq.stand_behind(q, front);
+    end if;
     if q.policy = 'ordered' then
         -- A ticket that somebody else holds (an edit, say) was stepped over: what is behind it waits for it.
         select coalesce(array_agg(j.key), '{}') into passed_over
@@ -336,6 +367,7 @@ begin
     with ticket as (
         select f.*, coalesce(j.key, '') as key, f.attempt = 0 and (j.expires_at <= sift.moment) is true as late, k.head is not distinct from f.job as is_head,
             case
+                when f.is_behind then 0
                 when coalesce(j.key, '') = any (passed_over) then 0
                 when k.head is not null then 0
                 when q.fair and coalesce(j.key, '') = any (sift.had_turn) then 0
@@ -345,13 +377,13 @@ begin
                 then notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, sift.moment)
             end as rate,
             sift.key_limit - coalesce((sift.at_work -> coalesce(j.key, ''))::int, 0) as own
-        from unnest(front) with ordinality f (number, job, queue, attempt, priority, turn, place)
+        from rows from (unnest(front), unnest(behind)) with ordinality f (number, job, queue, attempt, priority, turn, is_behind, place)
         join notifyq.job j on j.id = f.job
         left join lateral (
             select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0
         ) k on by_key
     ), ranked as (
-        select t.*, row_number() over (partition by t.key, t.late, t.is_head order by t.place) as rank
+        select t.*, row_number() over (partition by t.key, t.late, t.is_head, t.is_behind order by t.place) as rank
         from ticket t
     ), judged as materialized (
         select r.*,
@@ -389,7 +421,8 @@ begin
         array_agg(d.number order by d.place) filter (where d.verdict in ('start', 'late')) as numbers,
         array_agg(d.attempt order by d.place) filter (where d.verdict in ('start', 'late')) as attempts,
         array_agg(d.key) filter (where d.verdict = 'start') as started_keys,
-        array_agg(distinct d.key) filter (where d.verdict = 'rate') as rated_keys
+        array_agg(distinct d.key) filter (where d.verdict = 'rate') as rated_keys,
+        array_agg(distinct d.key) filter (where d.is_behind) as queued_keys
     into verdict
     from decided d
     where not d.stays;
@@ -398,6 +431,7 @@ begin
     attempts := verdict.attempts;
     started_keys := coalesce(verdict.started_keys, '{}');
     rated_keys := coalesce(verdict.rated_keys, '{}');
+    queued_keys := coalesce(verdict.queued_keys, '{}');
     perform notifyq.count_starts(q, started_keys);
 end
 $$;
@@ -424,12 +458,13 @@ end
 $$;
 
 -- For queues whose keys take turns (fair ones, and with a rate by key): of a key, one ticket is in
--- ready and the others are blocked behind it. What started may go on while there is room, evenly by
--- key; then each key gets its next turn, at the end of the line or when its rate allows.
+-- ready and the others are blocked behind it. What started, or has been put behind others, may go on while there is
+-- room, evenly by key; then each key that started gets its next turn, at the end of the line or when its rate allows.
 create or replace function notifyq.take_turns(
     queue notifyq.queue,
     keys text[],
     rated_keys text[],
+    queued_keys text[],
     room int,
     low int,
     high int,
@@ -452,7 +487,7 @@ as $$
 #variable_conflict use_column
 declare
     q constant notifyq.queue := take_turns.queue;
-    turns text[] := array(select distinct k.key from unnest(take_turns.keys) k (key));
+    turns text[] := array(select distinct k.key from unnest(take_turns.keys || take_turns.queued_keys) k (key));
     room int := take_turns.room;
     working jsonb := take_turns.at_work;
     helping record;

@@ -165,9 +165,9 @@ begin
                 perform notifyq.advance(q, array[coalesce(j.key, '')]);
             end if;
         else
-            insert into notifyq.ready (queue, priority, number, job, attempt, turn)
+            insert into notifyq.ready (queue, priority, number, job, attempt)
             values (j.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null or edit.priority is null then ticket.number
-                else notifyq.line_number(j.id, rank, q.ageing) end, j.id, ticket.attempt, ticket.turn);
+                else notifyq.line_number(j.id, rank, q.ageing) end, j.id, ticket.attempt);
         end if;
     end if;
     if stands = 'scheduled' and due is not null then

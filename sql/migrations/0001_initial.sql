@@ -87,9 +87,9 @@ create table notifyq.ready (
     queue int not null,
     attempt int not null default 0,
     priority smallint not null,
-    turn text collate "C"
+    turn text
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
-comment on column notifyq.ready.turn is 'The key of what was sent by itself to a fair queue.';
+comment on column notifyq.ready.turn is 'The key of what was sent by itself to a fair queue: it has no turn if others of its key wait before it.';
 -- claim(): the front of one queue. Append-only within a priority, consumed front to back.
 create unique index ready_order on notifyq.ready (queue, priority desc, number);
 -- cancel(), delete(), the jobs view: the ticket of a job that is not at its own id's place.

@@ -466,9 +466,18 @@ async def test_single_sends_of_one_key_delay_no_other_key_of_a_fair_queue_howeve
         await ask("update notifyq.scheduled set due_at = now()")
         while await ask("select notifyq.promote((select number from notifyq.queue where name = 'q'), 10000)") != [(0,)]:
             pass
-    await ask("select notifyq.edit(max(id), '1', null, null, null) from notifyq.job")
     assert await ask("select key from notifyq.claim('q', 3)") == [("a",), ("b",), ("c",)]
-    assert await ask("select key from notifyq.claim('q', 2)") == [("a",), ("d",)]
+    assert await ask("select key from notifyq.claim('q', 2)") == [("d",), ("a",)]
+
+
+async def test_many_single_sends_of_one_key_get_one_turn_before_the_next_key(line, ask):
+    q = await line(fair=True)
+    many = await q.send(*"a" * 100)
+    [one] = await q.send("b")
+    assert await q.claim(1) == [many[0]]
+    assert await q.claim(1) == [one]
+    assert [await q.claim(1) for _ in range(3)] == [[job] for job in many[1:4]]
+    assert await q.claim(100) == many[4:]
 
 
 async def test_ageing_lets_a_low_priority_overtake_in_time(line, ask):

@@ -68,6 +68,8 @@ class ModelJob:
     priority: int
     data: int
     state: str = "ready"
+    attempt: int = 0
+    alone: bool = False  # it was sent by itself, to a fair queue
     number: tuple[float, int] = (0, 0)  # its place in line, among those of a priority
     due: tuple[int, int, int] = (0, 0, 0)  # when, in hundredths; and what orders those that are due at once
 
@@ -119,12 +121,13 @@ class Model:
         job.due = (until, 0, job.id) if exactly else (until, 1, next(self.numbers))
 
     def again(self, job: ModelJob) -> None:
-        job.state = "ready"
+        job.state, job.alone = "ready", False
         self.number(job)
 
     def edit(self, job: ModelJob, priority: int | None, delay: int | None) -> None:
         """It takes its new place; who has waited behind it for it to start does not any longer if it is put off."""
         was = job.state
+        job.alone = job.alone and was != "ready"
         if priority is not None:
             job.priority = priority
             if self.ageing and (was == "ready" or (was == "blocked" and not delay)):
@@ -137,7 +140,7 @@ class Model:
         elif was == "scheduled" and delay == 0:
             self.again(job)
         elif was == "blocked" and priority is not None:
-            job.state = "ready"
+            job.state, job.alone = "ready", False
 
     def counting(self, key: str | None = None) -> list[int]:
         return [at for at, of in self.starts if self.clock - at < 101 and key in (None, of)]
@@ -150,6 +153,7 @@ class Model:
 
     def start(self, job: ModelJob) -> None:
         job.state = "active"
+        job.attempt += 1
         self.starts.append((self.clock, job.key))
 
     def claim(self, how_many: int, claimed: list[int]) -> None:
@@ -157,13 +161,15 @@ class Model:
         for job in sorted(self.of("scheduled"), key=lambda job: job.due):
             if job.due[0] <= self.clock:
                 self.again(job)
+                job.alone = self.fair and job.attempt == 0 and not self.of("blocked", key=job.key)
         room = min(how_many, self.active_limit - len(self.of("active")), self.rate_limit - len(self.counting()))
         started: list[ModelJob] = []
         rated: set[str] = set()
+        queued: set[str] = set()
         size = max(room, 16)
         while room > 0:
             front = self.of("ready")[:size]
-            starting = self.sift(front, room, {job.key for job in started}, rated)
+            starting = self.sift(front, room, {job.key for job in started}, rated, queued)
             started += starting
             room -= len(starting)
             if len(front) < size:
@@ -172,13 +178,21 @@ class Model:
         assert claimed[: len(started)] == [job.id for job in started]
         helping = [self.jobs[id] for id in claimed[len(started) :]]
         keys = {job.key for job in started} if self.takes_turns else set()
-        self.help_out(helping, room, keys)
+        self.help_out(helping, room, keys | queued)
         self.next_turns(keys | rated)
         used_up = len(self.counting()) >= self.rate_limit
         self.next_start = min(self.counting()) + 101 if used_up and self.of("ready") else inf
 
-    def sift(self, front: list[ModelJob], room: int, had_turn: set[str], rated: set[str]) -> list[ModelJob]:
+    def sift(
+        self, front: list[ModelJob], room: int, had_turn: set[str], rated: set[str], queued: set[str]
+    ) -> list[ModelJob]:
         """Those that start; the others of their keys step back."""
+        first = {job.key: job for job in reversed(self.of("blocked"))}
+        behind = [job for job in front if job.alone and self.place(first.get(job.key, job)) < self.place(job)]
+        for job in behind:
+            job.state = "blocked"
+            queued.add(job.key)
+        front = [job for job in front if job not in behind]
         ranks = {key: itertools.count(1) for key in {job.key for job in front}}
         slots = {key: min(key not in had_turn if self.fair else inf, self.slots_left(key)) for key in ranks}
         rates = {key: self.rate_left(key) for key in ranks}
@@ -221,7 +235,7 @@ class Model:
         """The next one of each key comes to the line; where keys take turns, to its end."""
         going = [waiting[0] for key in keys if (waiting := self.of("blocked", key=key))]
         for job in sorted(going, key=lambda job: job.number):
-            job.state = "ready"
+            job.state, job.alone = "ready", False
             if self.fair:
                 self.number(job)
 
@@ -257,7 +271,21 @@ class Rules(stateful.RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "queue"):
+            self.let_all_start()
             self.ask("select notifyq.delete_queue(%s)", self.queue)
+
+    def let_all_start(self) -> None:
+        """Nothing waits for ever."""
+        waiting = (
+            "select exists (select from notifyq.jobs where queue = %s and state in ('ready', 'blocked', 'scheduled'))"
+        )
+        for _ in self.model.jobs:
+            self.ask("select notifyq.complete(id) from notifyq.jobs where queue = %s and state = 'active'", self.queue)
+            if self.ask(waiting, self.queue) == [(False,)]:
+                return
+            self.pass_by(102)
+            self.ask("select notifyq.promote(%s)", self.number)
+            assert self.ask("select id from notifyq.claim(%s, 100)", self.queue)
 
     def pick(self, data: st.DataObject, *states: str) -> ModelJob:
         state = data.draw(st.sampled_from([state for state in states if self.model.of(state)]))
@@ -269,6 +297,7 @@ class Rules(stateful.RuleBasedStateMachine):
         content = next(self.contents)
         [(id,)] = self.ask(call, self.queue, str(content), key, priority, f"{delay * HUNDREDTH} s" if delay else None)
         job = self.model.sent(id, key, priority, content)
+        job.alone = self.model.fair
         if delay:
             self.model.put_off(job, self.model.clock + delay)
 
@@ -285,6 +314,7 @@ class Rules(stateful.RuleBasedStateMachine):
                 standing.data = content
             return
         job = self.model.taken[kind, key, slot] = self.model.sent(id, key, 0, content)
+        job.alone = self.model.fair
         if slot > self.model.clock:
             self.model.put_off(job, slot, exactly=True)
 
@@ -362,6 +392,9 @@ class Rules(stateful.RuleBasedStateMachine):
         self.ask(ENDS[how], job.id)
         if how == "fail":
             self.model.number(job)
+        elif how != "complete":
+            job.attempt -= 1
+        job.alone = False
         self.model.leave(job, "completed" if how == "complete" else "ready")
         if how == "snooze":
             self.model.put_off(job, self.model.clock + 40)
@@ -423,6 +456,8 @@ BROKEN = {
     "a key wakes too late": ("key_rate_limit", "take_turns", ".moment) as due_at", ".moment) + '9 days' as due_at"),
     "a purge forgets what counts": ("key_rate_limit", "purge", "] + 101)", "] - 101)"),
     "keys take no turns": ("fair", "advance", "when q.fair then", "when false then"),
+    "single sends have turns of their own": ("fair", "sift", "when f.is_behind then 0", ""),
+    "a single send is behind what came later": ("fair", "stand_behind", "and n.number < t.number", ""),
     "a share is of what there was": ("fair", "take_turns", "greatest(room /", "greatest(take_turns.room /"),
     "priority counts for nothing": ("ageing", "line_number", "line_number.priority *", "0 *"),
     "a bulk send knows no ageing": ("key_limit ageing", "send_each", "select e.id, e.number,", "select e.id, e.id,"),
