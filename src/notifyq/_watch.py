@@ -50,7 +50,7 @@ class Watch:
         if self.crowded:
             return False
         if resting:
-            if now - self._rings_since > self._patience * RING_PACE:
+            if not self._rings_at_rest or now - self._rings_since > self._patience * RING_PACE:
                 self._rings_at_rest, self._rings_since = 0, now
             self._rings_at_rest += 1
         else:

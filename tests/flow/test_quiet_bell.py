@@ -1,0 +1,245 @@
+"""Nobody is forgotten while the bell is quiet. Poll and lease are an hour: only the bell and looks can wake."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from notifyq import Job, Queue, _claimer
+from notifyq._opening import open_connection
+from notifyq._watch import MOST_RINGS, RINGS, Watch
+from notifyq.events import JobCompleted
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """What each claimer of this process and its senders know of each other."""
+    made: list[Watch] = []
+
+    def note(*arguments: Any) -> Watch:
+        made.append(Watch(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(_claimer, "Watch", note)
+    return made
+
+
+async def until(condition: Any, seconds: float = 10) -> None:
+    with trio.fail_after(seconds):
+        while not condition():
+            await trio.sleep(0.001)
+
+
+def held(gate: trio.Event, concurrency: int = 1) -> Queue[int, int]:
+    """A queue whose jobs wait for a gate."""
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR, concurrency=concurrency)
+    async def work(job: Job[int]) -> int:
+        await gate.wait()
+        return job.data
+
+    return queue
+
+
+async def test_a_full_worker_is_not_rung_for_and_takes_up_what_was_sent_meanwhile(start, nq, watches):
+    gate = trio.Event()
+    queue = held(gate)
+    seen = await start(queue, lease=HOUR)
+    await until(lambda: watches[0].told)
+    for number in range(3 * RINGS):
+        await nq.send(queue, number)
+    await until(lambda: watches[0].crowded)
+    gate.set()
+    await seen.wait(JobCompleted, 3 * RINGS)
+    await until(lambda: watches[0].told)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, 3 * RINGS + 1, seconds=2)
+
+
+async def test_what_is_sent_unheard_and_committed_after_the_worker_ran_dry_is_found(start, nq, connection, watches):
+    gate = trio.Event()
+    queue = held(gate)
+    seen = await start(queue, lease=HOUR)
+    await until(lambda: watches[0].told)
+    for number in range(2 * RINGS):
+        await nq.send(queue, number)
+    await until(lambda: watches[0].crowded)
+    async with connection.transaction():
+        await connection.execute(b"select notifyq.send('q', '1')")
+        gate.set()
+        await seen.wait(JobCompleted, 2 * RINGS)
+        await until(lambda: not watches[0].crowded)
+        await trio.sleep(0.1)  # looks further and further apart
+        assert not watches[0].told
+    await seen.wait(JobCompleted, 2 * RINGS + 1, seconds=2)
+    await until(lambda: watches[0].told)
+
+
+@pytest.mark.parametrize("how", ["rolled back", "killed"])
+async def test_a_ticket_that_another_held_and_let_go_of_without_a_word_is_found(
+    start, nq, connection, other, watches, how
+):
+    gate = trio.Event()
+    gate.set()
+    queue = held(gate, concurrency=10)
+    seen = await start(queue, lease=HOUR)
+    await until(lambda: watches[0].told)
+    await nq.pause(queue)
+    await nq.send(queue, 1)
+    await other.execute(b"begin")
+    await other.execute(b"select from notifyq.ready for update")
+    await nq.resume_queue(queue)
+    await nq.send(queue, 2)
+    await seen.wait(JobCompleted, 1)
+    await until(lambda: watches[0].look_at < trio.current_time() + HOUR)
+    if how == "killed":
+        await connection.execute(b"select pg_terminate_backend(%s)", (other.info.backend_pid,))
+    else:
+        await other.execute(b"rollback")
+    await seen.wait(JobCompleted, 2, seconds=2)
+
+
+async def test_a_free_worker_that_is_killed_leaves_the_jobs_to_the_others(start, nq, dsn, watches, tmp_path):
+    (tmp_path / "app.py").write_text(
+        "import notifyq\nq = notifyq.Queue('q', int, int)\nq.worker(lambda job: job.data)\n"
+        "runtime = notifyq.Runtime([q], lease=3600)\n"
+    )
+    gate = trio.Event()
+    gate.set()
+    queue = held(gate)
+    await nq.create_queue(queue)
+    command = [sys.executable, "-m", "notifyq", "--dsn", dsn, "run", "app:runtime"]
+    process = await trio.lowlevel.open_process(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        with trio.fail_after(20):
+            while await nq.runtimes() == []:
+                await trio.sleep(0.01)
+        seen = await start(queue, lease=HOUR)
+        await until(lambda: watches[0].told)
+    finally:
+        process.kill()
+        await process.wait()
+    for number in range(20):
+        await nq.send(queue, number)
+    await seen.wait(JobCompleted, 15)  # what the other one had claimed is its own for an hour
+
+
+async def test_two_idle_runtimes_run_every_job_once(start, nq, watches):
+    gate = trio.Event()
+    gate.set()
+    queues = [held(gate, concurrency=5), held(gate, concurrency=5)]
+    seen = [await start(queue, lease=HOUR) for queue in queues]
+    await until(lambda: len(watches) == 2 and all(watch.told for watch in watches))
+    for number in range(100):
+        await nq.send(queues[0], number)
+    await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 100)
+    assert len({event.job_id for each in seen for event in each.of(JobCompleted)}) == 100
+    await until(lambda: all(watch.told or watch.crowded for watch in watches))
+
+
+async def send_at_random(dsn: str, level: str, jobs: int, chance: random.Random) -> None:
+    """Some alone, some with others in a transaction, some rolled back, some late."""
+    connection = await open_connection(dsn)
+    sent = 0
+    while sent < jobs:
+        await connection.execute(f"begin isolation level {level}".encode())
+        await connection.execute(b"select count(*) from notifyq.queue")
+        many = chance.choice([1, 1, 1, 3])
+        for _ in range(many):
+            await _send_one(connection, chance)
+        if chance.random() < 0.2:
+            await trio.sleep(chance.random() * 0.02)
+        if chance.random() < 0.1:
+            await connection.execute(b"rollback")
+        else:
+            await connection.execute(b"commit")
+            sent += many
+        if chance.random() < 0.3:
+            await trio.sleep(chance.random() * 0.03)
+    await connection.close()
+
+
+async def _send_one(connection: TrioConnection, chance: random.Random) -> None:
+    await connection.execute(b"savepoint one")
+    await connection.execute(b"select notifyq.send('q', '0')")
+    if chance.random() < 0.1:
+        await connection.execute(b"rollback to one")
+        await connection.execute(b"select notifyq.send('q', '0')")
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_senders_of_every_kind_and_runtimes_that_fill_up_and_run_dry_forget_no_job(
+    start, nq, connection, dsn, seed
+):
+    chance = random.Random(seed)
+    seen = []
+    for concurrency in (1, 4):
+        queue = Queue("q", int, int)
+
+        @queue.worker(poll_interval=HOUR, concurrency=concurrency)
+        async def work(job: Job[int]) -> int:
+            await trio.sleep(chance.random() * 0.01)
+            return job.data
+
+        seen.append(await start(queue, lease=HOUR))
+    async with trio.open_nursery() as nursery:
+        for level in ("read committed", "repeatable read", "serializable") * 2:
+            nursery.start_soon(send_at_random, dsn, level, 60, chance)
+    left = b"select exists (select from notifyq.ready) or exists (select from notifyq.active)"
+    with trio.fail_after(10):
+        while await (await connection.execute(left)).fetchone() == (True,):
+            await trio.sleep(0.01)
+    assert await (await connection.execute(b"select count(*) >= 360 from notifyq.archive")).fetchone() == (True,)
+
+
+def test_looking_by_itself_is_tried_sooner_when_it_pays_and_later_when_it_does_not():
+    watch, now = Watch(), 0.0
+
+    def rings_until_crowded() -> int:
+        nonlocal now
+        for rings in range(1, 2 * MOST_RINGS):
+            now += 0.001
+            if watch.rang(True, now):
+                return rings
+        raise AssertionError
+
+    watch.stood(True, now)
+    counts = []
+    for brought in (0, 0, 50, 50, 50, 50, 50):
+        counts.append(rings_until_crowded())
+        for look in range(40):
+            watch.dry(brought if look < 30 else 0, False, now)
+            if not watch.crowded:
+                break
+        watch.stood(True, now)
+    assert counts == [16, 32, 64, 32, 16, 8, 4]
+
+
+def test_rings_that_come_seldom_never_make_it_look_by_itself():
+    watch = Watch()
+    watch.stood(True, 0.0)
+    assert not any(watch.rang(True, 0.02 * number) for number in range(1000))
+
+
+def test_looks_in_doubt_come_soon_and_then_less_and_less_often():
+    watch, now, pauses = Watch(), 0.0, []
+    while now < 20:
+        watch.stood(False, now)
+        pauses.append(round(watch.look_at - now, 6))
+        now = watch.look_at
+    assert pauses[:5] == [0.001, 0.002, 0.004, 0.005, 0.005]
+    assert max(pauses) == pauses[-1] == 0.25
+    assert pauses == sorted(pauses)
+    watch.stood(True, now)
+    assert watch.look_at == float("inf")
