@@ -293,9 +293,9 @@ begin
 end
 $$;
 
--- Call after a claim from the beginning that brought fewer than were asked for: true if tickets are left. Others hold
--- them, and may let go of them without a word (their claim is undone, say), so it is to be tried again. Not for queues
--- with a gate, whose tickets nobody takes side by side, and some of which may not start.
+-- Call after a claim from the beginning: whether tickets are left. If it brought fewer than were asked for, others hold
+-- those, and may let go of them without a word (their claim is undone, say), so it is to be tried again. Null for queues
+-- that are paused or have a gate: nobody takes their tickets side by side, and some may not start.
 create or replace function notifyq.any_left(queue text, min_priority int default null, max_priority int default null) returns boolean
 language sql volatile
 set search_path = pg_catalog, pg_temp
@@ -304,9 +304,21 @@ set enable_bitmapscan = off
 as $$
     select exists (
         select from notifyq.ready t
-        where t.queue = (select q.number from notifyq.queue q where q.name = any_left.queue and not q.paused and not q.gated)
+        where t.queue = q.number
         and t.priority between coalesce(any_left.min_priority, -32768) and coalesce(any_left.max_priority, 32767)
     )
+    from notifyq.queue q
+    where q.name = any_left.queue
+    and not q.paused
+    and not q.gated
+$$;
+
+-- Tells the other runtimes of a queue that these tickets, named by their numbers, are taken, and no others were left.
+create or replace function notifyq.say_taken(queue int, numbers text) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select pg_notify(notifyq.channel(say_taken.queue), 't:' || say_taken.numbers)
 $$;
 
 -- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null, also

@@ -27,7 +27,8 @@ $$;
 -- highs[i] (null: all) count. due_in: seconds until the next due time by queue number. lapse_in:
 -- seconds until somebody else's lease, or a claim by hand, lapses: rescue() is due then. schedules:
 -- another number than before when some schedule was made, changed or removed. clock: the server's. serves:
--- changes when one of the queues it was registered for is made, deleted, paused or resumed: see served().
+-- changes when one of the queues it was registered for is made, deleted, paused or resumed: see served(). fleet: how
+-- many live runtimes are registered for the same, this one included; place: how many of them come before it.
 --
 -- Locks: the runtime's row.
 create or replace function notifyq.beat(
@@ -43,7 +44,9 @@ create or replace function notifyq.beat(
     out lapse_in float8,
     out schedules bigint,
     out clock float8,
-    out serves text
+    out serves text,
+    out fleet int,
+    out place int
 )
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -58,6 +61,12 @@ begin
     where r.id = beat.runtime
     returning r.queues into registered_for;
     renewed := found;
+    select count(*), count(*) filter (where r.id < beat.runtime)
+    into fleet, place
+    from notifyq.runtime r
+    where r.queues = registered_for
+    and r.lease_until > clock_timestamp()
+    and not r.stopping;
     select md5(string_agg(s.number || case when s.paused then ' paused' else '' end, ',' order by s.number))
     into serves
     from notifyq.served(registered_for) s;

@@ -19,6 +19,7 @@ from ._connection import ANSWER_TIMEOUT
 from ._demand import Floor, Looks, Rate, demand
 from ._due import DueTime
 from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
+from ._fleet import Fleet
 from ._shelf import Shelf
 from ._watch import Watch
 from .events import JobClaimed, ServerTrouble
@@ -46,6 +47,7 @@ class Claimer:
         next_due: Callable[[], Awaitable[tuple[float | None, float]]],
         stand_free: Callable[[], Awaitable[Stance]],
         stand_busy: Callable[[], object],
+        say_taken: Callable[[str], object],
         release: Callable[[Claimed], object],
         gone: Callable[[], object],
         priorities: tuple[int, int] | None = None,
@@ -58,6 +60,7 @@ class Claimer:
 
         ``stand_free()`` makes senders ring, and says whether all do, and whether there is anything to look for. It raises
         ``ConnectionLost`` if that can't be. After ``stand_busy()``, which never waits, they do not ring.
+        ``say_taken(numbers)`` tells other runtimes what they need not look for; it never waits.
 
         ``release`` hands back a job that did not start; it never waits. ``gone`` is called when the queue was not there.
 
@@ -73,7 +76,9 @@ class Claimer:
         self._next_due = next_due
         self._stand_free = stand_free
         self._stand_busy = stand_busy
+        self._say_taken = say_taken
         self._watch = Watch()
+        self.fleet = Fleet()
         self._release = release
         self._events = events
         self._floor = Floor(priorities)
@@ -99,7 +104,7 @@ class Claimer:
     # what others call
 
     def heard(self, payload: str) -> None:
-        """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<epoch seconds>`` or ``look``."""
+        """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<due>``, ``t:<taken numbers>``, ``look``."""
         kind, _, rest = payload.partition(":")
         asked = False
         if self._paused or self._watch.crowded:
@@ -108,10 +113,18 @@ class Claimer:
             if kind == "r":
                 if not self._floor.heard(rest):
                     return
-                if self._watch.rang(self._resting, trio.current_time()):
+                now = trio.current_time()
+                if self._watch.rang(self._resting, now):
                     self._stand_busy()
+                elif self._resting and not self.bell.rung and self.fleet.puts_off(int(rest.rpartition(":")[2]), now):
+                    self._rest.deadline = self._wake_at()
+                    return
                 else:
                     asked = self._ask()
+            elif kind == "t":
+                self.fleet.taken(rest)
+                self._rest.deadline = self._wake_at()
+                return
             elif kind != "d":
                 self._due.unknown = True
             elif not self._due.heard(rest):
@@ -241,6 +254,7 @@ class Claimer:
         how_many = self._idle_demand or self._demand()
         if not how_many or not self._claim_at_once(how_many, self._hear):
             return False
+        self.fleet.looked()
         self._asked_for = how_many
         self._asked_at = trio.current_time()
         return True
@@ -256,14 +270,14 @@ class Claimer:
             self.shelf.put(answer.jobs)
         else:
             takers = self.shelf.takers
-            self._looked(self._asked_at, answer.jobs)
+            self._looked(self._asked_at, asked_for, answer)
             if (
                 len(answer.jobs) == asked_for or len(answer.jobs) > takers
             ):  # there may be more, or some may have to wait here
                 self.bell.ring()
             elif answer.left:
                 self._watch.dry(len(answer.jobs), True, self._looks.at)
-                self._rest.deadline = min(self._rest.deadline, self._watch.look_at)
+                self._rest.deadline = self._wake_at()
 
     async def _wait_answered(self) -> None:
         while self._asked_for:
@@ -277,13 +291,16 @@ class Claimer:
             while self._paused:
                 self.bell.clear()
                 await self.bell.wait()
-            wake_at = min(self._due.at, self.shelf.stale_at(), self._watch.look_at)
-            if self._poll_interval is not None:
-                wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
-            with trio.move_on_at(wake_at) as self._rest:
+            with trio.move_on_at(self._wake_at()) as self._rest:
                 await self.bell.wait()
         finally:
             self._resting = False
+
+    def _wake_at(self) -> float:
+        wake_at = min(self._due.at, self.shelf.stale_at(), self._watch.look_at, self.fleet.look_at)
+        if self._poll_interval is not None:
+            wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
+        return wake_at
 
     def _hand_back_stale(self) -> None:
         stale_at = self.shelf.stale_at()
@@ -312,12 +329,14 @@ class Claimer:
             self.bell.clear()
             now = trio.current_time()
             whole = dry or not self._floor.numbers or self._looks.is_due(now)
+            if whole:
+                self.fleet.looked()
             with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
                 haul = await self._claim(how_many, None if whole else self._floor.numbers)
             if patience.cancelled_caught:
                 raise ConnectionLost(f"no answer to a claim within {ANSWER_TIMEOUT:g} s")
             if whole:
-                self._looked(now, haul.jobs)
+                self._looked(now, how_many, haul)
             else:
                 self._deliver(haul.jobs)
             brought += len(haul.jobs)
@@ -330,12 +349,15 @@ class Claimer:
             else:
                 dry = False
 
-    def _looked(self, since: float, jobs: list[Claimed]) -> None:
-        """A claim from the beginning brought these."""
+    def _looked(self, since: float, how_many: int, haul: Haul) -> None:
+        """A claim from the beginning has ended."""
         self._looks.made(since, trio.current_time())
-        if not jobs:
+        if not haul.jobs:
             self._floor.reset()
-        self._deliver(jobs)
+        self._deliver(haul.jobs)
+        is_last = len(haul.jobs) < how_many if haul.left is None else not haul.left
+        if is_last and (numbers := self.fleet.told_by(haul.jobs)):
+            self._say_taken(numbers)
 
     async def _wait_room(self) -> int:
         while True:

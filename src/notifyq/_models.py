@@ -249,6 +249,8 @@ class Beat:
     schedules: int
     clock: float
     serves: str | None
+    fleet: int
+    place: int
 
 
 @attrs.frozen
@@ -287,8 +289,8 @@ class Haul:
     """What a claim brought."""
 
     jobs: list[Claimed]
-    left: bool = False
-    """Others hold tickets that they may let go of: see ``any_left()`` in ``sql/functions/30_claim.sql``."""
+    left: bool | None = None
+    """Whether there are more tickets; None: not known. See ``any_left()`` in ``sql/functions/30_claim.sql``."""
 
 
 @attrs.define(eq=False)

@@ -92,6 +92,8 @@ class Roster:
             worker.cancel(beat.cancels)
             worker.executor.give_up_stuck()
         for number, worker in self._serving.items():
+            if beat.renewed:
+                worker.claimer.fleet.place, worker.claimer.fleet.size = beat.place, beat.fleet
             if number in ready:
                 worker.claimer.poll()
             if (due_in := beat.due_in.get(str(number))) is not None:

@@ -27,18 +27,22 @@ _CLAIM_BY_HAND: LiteralString = _CLAIMED + " from {s}.claim($1, $2, null, make_i
 _CLAIM_FROM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid, null, $4::smallint[], $5::bigint[]) c"
 # Of a claim from the beginning the last row says whether tickets are left; what is united is done in order.
 _LEFT: LiteralString = (
-    " union all select null, null, null, null, null, null, null, null, null, null, null where {s}.any_left"
+    " union all select null, {s}.any_left(%)::int, null, null, null, null, null, null, null, null, null"
 )
-_CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT + "($1)"
+_CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT.replace("%", "$1")
 _CLAIM_SOME: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int,"
-    " key_limit => $6::int, at_work => $7::jsonb) c" + _LEFT + "($1, $4::int, $5::int)"
+    " key_limit => $6::int, at_work => $7::jsonb) c" + _LEFT.replace("%", "$1, $4::int, $5::int")
 )
 # The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
 _UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
 _CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace("$2", _UNFLUSHED)
 _CLAIM_FROM_UNFLUSHED: LiteralString = _CLAIM_FROM.replace("$2", _UNFLUSHED)
 _CLAIM_SOME_UNFLUSHED: LiteralString = _CLAIM_SOME.replace("$2", _UNFLUSHED)
+
+_SAY_TAKEN: LiteralString = (
+    "select {s}.say_taken(case set_config('synchronous_commit', 'off', true) when 'off' then $1::int end, $2)"
+)
 
 
 class Claims:
@@ -81,11 +85,15 @@ class Claims:
         """Make a claim that was bound."""
         return self.haul(await self._calls.run(connection, claim))
 
+    def bind_taken(self, queue: int, numbers: str) -> Bound:
+        """Tell other runtimes that these tickets are taken, to be sent without waiting."""
+        return self._calls.bind(_SAY_TAKEN, queue, numbers)
+
     @staticmethod
     def haul(rows: list[Any]) -> Haul:
         """What the rows of a claim that was bound say."""
-        left = bool(rows) and rows[-1][0] is None
-        return Haul([Claimed(*row) for row in (rows[:-1] if left else rows)], left)
+        *claimed, (_, left, *_) = rows
+        return Haul([Claimed(*row) for row in claimed], None if left is None else bool(left))
 
     def bind_claim(
         self,

@@ -42,7 +42,7 @@ class Serving:
     ) -> Beat:
         """Beat. Of the i-th queue only jobs with priorities from ``lows[i]`` to ``highs[i]`` count as ready."""
         statement: LiteralString = (
-            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock, serves"
+            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock, serves, fleet, place"
             " from {s}.beat($1::uuid, $2::int[], $3::int[], $4::int[])"
         )
         return Beat(*await self._calls.row(connection, statement, runtime, queues, lows, highs))

@@ -70,11 +70,11 @@ class Watch:
         self.told = passed
         self._doubt(not passed, now)
 
-    def dry(self, brought: int, left: bool, now: float) -> None:
+    def dry(self, brought: int, left: bool | None, now: float) -> None:
         """It has looked until there was no more, which brought so many jobs; ``left``: but for what others hold."""
         if not self.crowded:
             if self.told or left:
-                self._doubt(left, now)
+                self._doubt(bool(left), now)
             return
         self._looks += 1
         self._brought += brought

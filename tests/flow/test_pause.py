@@ -293,6 +293,7 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
         next_due=next_due,
         stand_free=stand_free,
         stand_busy=lambda: None,
+        say_taken=lambda _: None,
         release=released.append,
         gone=lambda: None,
         events=Events(),

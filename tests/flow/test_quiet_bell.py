@@ -11,8 +11,10 @@ import pytest
 import trio
 
 from notifyq import Job, Queue, _claimer
+from notifyq._fleet import Fleet
 from notifyq._opening import open_connection
 from notifyq._watch import MOST_RINGS, RINGS, Watch
+from notifyq._worker import QueueWorker
 from notifyq.events import JobCompleted
 
 if TYPE_CHECKING:
@@ -146,6 +148,69 @@ async def test_two_idle_runtimes_run_every_job_once(start, nq, watches):
     await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 100)
     assert len({event.job_id for each in seen for event in each.of(JobCompleted)}) == 100
     await until(lambda: all(watch.told or watch.crowded for watch in watches))
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """The queues of the claims that were sent."""
+    made: list[str] = []
+    before_claim = QueueWorker._before_claim
+
+    def counted(self: QueueWorker) -> int:
+        made.append(self.queue.name)
+        return before_claim(self)
+
+    monkeypatch.setattr(QueueWorker, "_before_claim", counted)
+    return made
+
+
+async def start_fleet(start: Any, size: int, monkeypatch: Any) -> list[Any]:
+    """So many runtimes, each of which knows of all."""
+    claimers: list[_claimer.Claimer] = []
+    run = _claimer.Claimer.run
+
+    async def noted(self: _claimer.Claimer, **options: Any) -> None:
+        claimers.append(self)
+        await run(self, **options)
+
+    monkeypatch.setattr(_claimer.Claimer, "run", noted)
+    gate = trio.Event()
+    gate.set()
+    seen = [await start(held(gate), lease=6) for _ in range(size)]
+    await until(lambda: all(claimer.fleet.size == size and claimer._watch.told for claimer in claimers), 20)
+    return seen
+
+
+async def test_one_job_costs_many_idle_runtimes_few_claims(start, nq, connection, watches, claims, monkeypatch):
+    [(most,)] = await (await connection.execute(b"select current_setting('max_connections')::int")).fetchall()
+    seen = await start_fleet(start, 50 if most >= 200 else 30, monkeypatch)
+    for number in range(5):
+        claims.clear()
+        await nq.send(Queue("q", int), number)
+        await until(lambda done=number + 1: sum(len(each.of(JobCompleted)) for each in seen) == done)
+        await trio.sleep(0.6)  # longer than the last of them would wait for its turn
+        assert 1 <= len(claims) <= 5
+
+
+async def test_what_those_whose_turn_it_is_do_not_take_others_do(start, nq, watches, monkeypatch):
+    seen = await start_fleet(start, 8, monkeypatch)
+    monkeypatch.setattr(_claimer.Claimer, "_ask", lambda self: True)  # those are gone
+    await nq.send(Queue("q", int), 1)
+    await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 1, 2)
+
+
+def test_only_what_is_named_is_taken():
+    fleet = Fleet(place=3, size=10)
+    assert [number for number in range(10) if not fleet.puts_off(number, 0.0)] == [7, 8]
+    fleet.taken("0,1,2,3,4,5")
+    assert fleet.look_at == pytest.approx(0.02)
+    fleet.taken("9")
+    assert fleet.look_at == pytest.approx(0.02 + (9 - 2) * 0.01)
+    fleet.taken("6")
+    assert fleet.look_at == float("inf")
+    with pytest.raises(ValueError, match="x"):
+        fleet.taken("x")
+    assert not Fleet(place=1, size=4).puts_off(1, 0.0)
 
 
 async def send_at_random(dsn: str, level: str, jobs: int, chance: random.Random) -> None:

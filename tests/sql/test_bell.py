@@ -223,7 +223,7 @@ async def test_what_may_not_start_is_not_left_over(connection, other, queue, rul
         await ask(b"select notifyq.update_queue('q', %s::jsonb)", (rule,))
     await ask(b"select notifyq.send('q', key => 'a') from generate_series(1, 3)")
     await ask(b"select notifyq.claim('q', 9)")
-    assert await (await ask(b"select notifyq.any_left('q')")).fetchone() == (False,)
+    assert await (await ask(b"select notifyq.any_left('q')")).fetchone() == (None,)
 
 
 async def test_only_tickets_of_the_priorities_asked_for_are_left_over(connection, queue):

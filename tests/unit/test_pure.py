@@ -314,6 +314,7 @@ def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[An
         next_due=next_due,
         stand_free=stand_free,
         stand_busy=lambda: None,
+        say_taken=lambda _: None,
         release=release,
         gone=lambda: None,
         events=Events(),
