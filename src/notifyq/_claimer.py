@@ -356,7 +356,7 @@ class Claimer:
             self._floor.reset()
         self._deliver(haul.jobs)
         is_last = len(haul.jobs) < how_many if haul.left is None else not haul.left
-        if is_last and (numbers := self.fleet.told_by(haul.jobs)):
+        if is_last and (numbers := self.fleet.says()):
             self._say_taken(numbers)
 
     async def _wait_room(self) -> int:
@@ -381,6 +381,7 @@ class Claimer:
             return
         now = trio.current_time()
         self._idle_demand = 0
+        self.fleet.took(jobs)
         self._floor.claimed(jobs, now)
         self._rate.busy(now)
         for job in jobs:

@@ -35,6 +35,7 @@ class Fleet:
     """How many of them come before this one."""
     size: int = 1
     _put_off: dict[int, float] = attrs.field(factory=dict)
+    _took: list[int] = attrs.field(factory=list)
 
     def puts_off(self, number: int, now: float) -> bool:
         """A ticket of this number was written. True: others look first; ``look_at`` says when it is this one's turn."""
@@ -58,8 +59,12 @@ class Fleet:
         """A look from the beginning: what was put off has been seen to."""
         self._put_off.clear()
 
-    def told_by(self, jobs: Sequence[Claimed]) -> str | None:
-        """What to tell the others after a look that brought these jobs, and all that there were."""
-        if self.size <= FEW or not 0 < len(jobs) <= MOST_NAMED:
-            return None
-        return ",".join(str(job.number) for job in jobs)
+    def took(self, jobs: Sequence[Claimed]) -> None:
+        """A claim brought these."""
+        if self.size > FEW and len(self._took) <= MOST_NAMED:
+            self._took += [job.number for job in jobs]
+
+    def says(self) -> str | None:
+        """What to tell the others when a look has shown that there is no more than was taken."""
+        took, self._took = self._took, []
+        return ",".join(map(str, took)) if 0 < len(took) <= MOST_NAMED else None

@@ -1,4 +1,5 @@
-"""Tells senders for which queues this process has somebody free: by advisory locks on the listening connection.
+"""Tells senders for which queues this process has somebody free, by advisory locks on the listening connection, and other
+runtimes what it has taken.
 
 The protocol is in ``sql/functions/20_bell.sql``.
 """
@@ -37,6 +38,7 @@ class Standing:
         self._wanted: set[int] = set()
         self._held: set[int] = set()
         self._asked: dict[int, _Question] = {}
+        self._taken: list[tuple[int, str]] = []
         self._bell = Bell()
         listener.on_connected(self._held.clear)
         listener.on_disconnected(self._held.clear)
@@ -55,15 +57,19 @@ class Standing:
         self._wanted.discard(queue)
         self._bell.ring()
 
+    def say_taken(self, queue: int, numbers: str) -> None:
+        """Tell the other runtimes, soon, that they need not look for these tickets."""
+        self._taken.append((queue, numbers))
+        self._bell.ring()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Let go of what is not wanted any longer, until cancelled."""
+        """Let go of what is not wanted any longer, and say what is taken, until cancelled."""
         task_status.started()
         while True:
             await self._bell.wait()
             self._bell.clear()
-            if self._held - self._wanted:
-                with contextlib.suppress(ConnectionLost):
-                    await self._listener.call(self._let_go)
+            with contextlib.suppress(ConnectionLost):
+                await self._listener.call(self._tell)
 
     async def _answer(self, connection: TrioConnection) -> None:
         asked, self._asked = self._asked, {}
@@ -77,7 +83,10 @@ class Standing:
         if self._held - self._wanted:
             self._bell.ring()
 
-    async def _let_go(self, connection: TrioConnection) -> None:
-        gone = self._held - self._wanted
-        self._held -= gone
-        await self._store.stand_busy(connection, list(gone))
+    async def _tell(self, connection: TrioConnection) -> None:
+        taken, self._taken = self._taken, []
+        for queue, numbers in taken:
+            await self._store.say_taken(connection, queue, numbers)
+        if gone := self._held - self._wanted:
+            self._held -= gone
+            await self._store.stand_busy(connection, list(gone))

@@ -85,9 +85,9 @@ class Claims:
         """Make a claim that was bound."""
         return self.haul(await self._calls.run(connection, claim))
 
-    def bind_taken(self, queue: int, numbers: str) -> Bound:
-        """Tell other runtimes that these tickets are taken, to be sent without waiting."""
-        return self._calls.bind(_SAY_TAKEN, queue, numbers)
+    async def say_taken(self, connection: TrioConnection, queue: int, numbers: str) -> None:
+        """Tell other runtimes that these tickets are taken; a crash of the server may forget it."""
+        await self._calls.rows(connection, _SAY_TAKEN, queue, numbers)
 
     @staticmethod
     def haul(rows: list[Any]) -> Haul:

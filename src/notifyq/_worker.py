@@ -80,7 +80,7 @@ class QueueWorker:
             next_due=self._next_due,
             stand_free=partial(standing.free, info.number),
             stand_busy=partial(standing.busy, info.number),
-            say_taken=self._say_taken,
+            say_taken=partial(standing.say_taken, info.number),
             release=self._release,
             gone=gone,
             priorities=worker.priorities,
@@ -108,7 +108,6 @@ class QueueWorker:
         self._bound_for = 1
         self._bound = self._bind(1)
         listener.will_ask(self._bound)
-        listener.will_ask(store.bind_taken(info.number, ""))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until ``stop()``, run jobs until cancelled."""
@@ -188,10 +187,6 @@ class QueueWorker:
                 answered(self._still_ours(self._store.haul(answer), lease_number))
 
         return self._listener.ask(self._bound, heard)
-
-    def _say_taken(self, numbers: str) -> None:
-        """If the listening connection is at rest; else the others look, too."""
-        self._listener.ask(self._store.bind_taken(self.info.number, numbers), lambda _: None)
 
     def _bind(self, how_many: int) -> Bound:
         self._told = self._at_work()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ import trio
 
 from notifyq import Job, Queue, _claimer
 from notifyq._fleet import Fleet
+from notifyq._models import Claimed
 from notifyq._opening import open_connection
 from notifyq._watch import MOST_RINGS, RINGS, Watch
 from notifyq._worker import QueueWorker
@@ -199,6 +201,10 @@ async def test_what_those_whose_turn_it_is_do_not_take_others_do(start, nq, watc
     await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 1, 2)
 
 
+def claimed(number: int) -> Claimed:
+    return Claimed(number, 1, number, 0, 0, 1.0, datetime.now(UTC), None, None, None, None)
+
+
 def test_only_what_is_named_is_taken():
     fleet = Fleet(place=3, size=10)
     assert [number for number in range(10) if not fleet.puts_off(number, 0.0)] == [7, 8]
@@ -210,6 +216,12 @@ def test_only_what_is_named_is_taken():
     assert fleet.look_at == float("inf")
     with pytest.raises(ValueError, match="x"):
         fleet.taken("x")
+    fleet.took([claimed(7), claimed(8)])
+    fleet.took([claimed(12)])
+    assert fleet.says() == "7,8,12"
+    assert fleet.says() is None
+    fleet.took([claimed(number) for number in range(101)])
+    assert fleet.says() is None  # so many are worth a look by the others
     assert not Fleet(place=1, size=4).puts_off(1, 0.0)
 
 
