@@ -10,27 +10,37 @@ import click
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Results"]
+__all__ = ["Results", "newest"]
 
 IDENTITY = ("peer", "row", "verb", "repeat", "versions", "settings", "options", "server_version")
+"""What makes a cell the same as another: with all of them alike there is nothing to measure again."""
 
 
-def _identity(cell: dict[str, Any]) -> dict[str, Any]:
-    return {key: cell.get(key) for key in IDENTITY}
+def _identity(cell: dict[str, Any], without: str = "") -> dict[str, Any]:
+    return {key: cell.get(key) for key in IDENTITY if key != without}
+
+
+def newest(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each peer, row and verb the repeats that are like the last one: older versions or options don't mix with it."""
+    last = {(cell["peer"], cell["row"], cell["verb"]): _identity(cell, "repeat") for cell in cells}
+    return [
+        cell for cell in cells if last[cell["peer"], cell["row"], cell["verb"]] == _identity(cell, without="repeat")
+    ]
 
 
 class Results:
     """Cells that have been measured."""
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path) -> None:
         """Read the file, if it is there."""
-        self.path, self.about = path, about
-        self.cells: list[dict[str, Any]] = []
+        self.path, self.cells = path, list[dict[str, Any]]()
+        self.about: dict[str, Any] = {"schema": 1}
         if not path.exists():
             return
         try:
-            self.cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        except (ValueError, KeyError, TypeError):
+            self.about = json.loads(path.read_text(encoding="utf-8"))
+            self.cells = self.about.pop("cells")
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise click.UsageError(f"{path} does not hold results of a comparison: name another with --json") from None
 
     def missing(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -38,17 +48,13 @@ class Results:
         done = [_identity(cell) for cell in self.cells if "figures" in cell]
         return [cell for cell in planned if _identity(cell) not in done]
 
-    def of(self, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The planned cells, as they were measured."""
-        return [cell for cell in self.cells if any(_identity(cell) == _identity(one) for one in planned)]
-
     def add(self, cell: dict[str, Any]) -> None:
-        """Keep a cell, in place of an earlier failure, and write the file as a whole."""
+        """Keep a cell, in place of an earlier failure, and write the file as a whole, a cell on a line."""
         self.cells = [old for old in self.cells if _identity(old) != _identity(cell)]
         self.cells.append(cell)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        about = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in self.about.items())
+        cells = ",\n".join(f"  {json.dumps(one)}" for one in self.cells)
         written = self.path.with_suffix(".part")
-        written.write_text(
-            json.dumps({"schema": 1, **self.about, "cells": self.cells}, indent=1) + "\n", encoding="utf-8"
-        )
+        written.write_text(f'{{\n{about} "cells": [\n{cells}\n ]\n}}\n', encoding="utf-8")
         written.replace(self.path)

@@ -10,70 +10,27 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import psycopg
 
 from notifyq.bench._parts import Role as BenchRole
 from notifyq.bench._sql import BARE_SETUP
 
-from ._process import CellFailed, Role
+from ._cell import Cell, await_runs
+from ._process import CellFailed
+from ._steady import steady
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._peers import Peer
-    from ._server import Database
+    from ._process import Role
 
-__all__ = ["VERBS", "Cell", "Options", "measure"]
+__all__ = ["VERBS", "measure"]
 
 GAP = 0.02
 """Seconds between the sends of pickup, with jitter of half of it: both sides have gone to sleep by then."""
 WARM_UP = 40
-CHUNK = 100
 FILL = 1000
 QUEUES = 10
-
-
-@attrs.frozen
-class Options:
-    """How much of everything."""
-
-    jobs: int
-    pickups: int
-    sends_seconds: float
-    sustained_seconds: float
-    in_flight: int
-    idle_seconds: float
-    limit: float
-    """Most seconds of a drain, and of any answer of a process."""
-
-
-@attrs.frozen
-class Cell:
-    """A peer in a database of its own."""
-
-    peer: Peer
-    settings: dict[str, Any]
-    database: Database
-    command: list[str]
-    variables: dict[str, str]
-    options: Options
-
-    def role(self, *, queues: int = 1) -> Role:
-        """A process of it."""
-        names = ["compare", *(f"compare{number}" for number in range(1, queues))]
-        return Role(
-            self.command, self.variables, {"dsn": self.database.uri, "settings": self.settings, "queues": names}
-        )
-
-    def install(self, *, queues: int = 1) -> None:
-        """Make its schema."""
-        with self.role(queues=queues) as role:
-            role.ask("install")
-
-    def outstanding(self) -> int:
-        """How many jobs wait, run, or have an end that is not committed."""
-        return self.database.value(self.peer.outstanding)
 
 
 def pickup(cell: Cell) -> dict[str, Any]:
@@ -84,11 +41,11 @@ def pickup(cell: Cell) -> dict[str, Any]:
         worker.ask("start")
         producer.ask("open")
         producer.ask("paced", limit, jobs=WARM_UP, gap=GAP)
-        _await_runs(worker, WARM_UP, 10)
+        await_runs(worker, WARM_UP, 10)
         worker.ask("forget")
         cell.database.settle()
         producer.ask("paced", limit, jobs=sends, gap=GAP)
-        _await_runs(worker, sends, 10)
+        await_runs(worker, sends, 10)
         report = worker.ask("pickups")
     if report["ran"] < 2:
         raise CellFailed("no job began within 10 s of the last send")
@@ -113,12 +70,6 @@ def bare_pickup(cell: Cell) -> dict[str, Any]:
             found += [pickup / 1e6 for pickup in pickups] if turn else []
     percentiles = statistics.quantiles(found, n=100)
     return {"p50_ms": percentiles[49], "p99_ms": percentiles[98]}
-
-
-def _await_runs(worker: Role, runs: int, limit: float) -> None:
-    until = time.monotonic() + limit
-    while worker.ask("ran")["ran"] < runs and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def drain(processes: int) -> Callable[[Cell], dict[str, Any]]:
@@ -184,62 +135,26 @@ def sends(cell: Cell) -> dict[str, Any]:
     return figures
 
 
-def sustained(cell: Cell) -> dict[str, Any]:
-    """Calls of 100 jobs, as fast as a worker follows: jobs/s that are settled by the end, and pickup.
-
-    So many jobs at most are sent and not begun; pickup contains the wait behind them.
-    """
-    options, database = cell.options, cell.database
-    cell.install()
-    commits = database.commits()
-    with cell.role() as worker, cell.role() as producer:
-        worker.ask("start")
-        producer.ask("open")
-        producer.ask("fill", jobs=CHUNK, chunk=CHUNK)
-        _await_runs(worker, CHUNK, 10)
-        worker.ask("forget")
-        before, wal = cell.outstanding(), database.wal()
-        sent, began = 0, time.monotonic()
-        while time.monotonic() - began < options.sustained_seconds:
-            room = options.in_flight + worker.ask("ran")["ran"] - sent
-            if room < CHUNK:
-                time.sleep(0.001)
-                continue
-            # at most a tenth of what may be in flight, to look again before the worker runs dry
-            jobs = min(room, options.in_flight // 10) // CHUNK * CHUNK
-            producer.ask("fill", jobs=jobs, chunk=CHUNK)
-            sent += jobs
-        done = before + sent - cell.outstanding()
-        seconds, wal = time.monotonic() - began, database.wal() - wal
-        report = worker.ask("pickups")
-    if done < 1:
-        raise CellFailed("no job was settled")
-    return {
-        "jobs_per_second": done / seconds,
-        "p50_ms": report.get("p50_ms"),
-        "wal_bytes_per_job": wal / done,
-        "commits_per_job": (database.commits() - commits) / done,
-    }
-
-
 def idle(cell: Cell) -> dict[str, Any]:
     """A worker that serves ten empty queues: transactions a second, of which one has one statement or more; connections."""
     cell.install(queues=QUEUES)
     with cell.database.without_autovacuum(), cell.role(queues=QUEUES) as worker:
         worker.ask("start")
-        time.sleep(cell.options.idle_seconds / 2)  # what it does at the start is told by then
+        time.sleep(cell.options.seconds)  # what it does at the start is told by then
         before, began = cell.database.transactions(), time.monotonic()
-        time.sleep(cell.options.idle_seconds)
+        time.sleep(2 * cell.options.seconds)
         after, seconds = cell.database.transactions(), time.monotonic() - began
         return {"transactions_per_second": (after - before) / seconds, "connections": cell.database.connections()}
 
 
 VERBS: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "pickup": pickup,
+    "sends": sends,
     "drain": drain(1),
     "drain2": drain(2),
-    "sends": sends,
-    "sustained": sustained,
+    "sustained": steady(),
+    "control": steady(times=2),
+    "pinned": steady(times=2, pinned=True),
     "idle": idle,
 }
 

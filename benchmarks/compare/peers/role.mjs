@@ -40,8 +40,10 @@ const commands = (peer) => ({
     return sorted.length ? { ...found, p50_ms: percentile(sorted, 50), p99_ms: percentile(sorted, 99) } : found;
   },
   forget: () => {
+    const told = { ran: pickups.length, first };
     pickups = [];
     first = null;
+    return told;
   },
   paced: async ({ jobs, gap }) => {
     for (let done = 0; done < jobs; done++) {
@@ -80,7 +82,7 @@ export const main = async (make) => {
     const said = JSON.parse(line);
     try {
       const answer = await own[said.do](said);
-      say(["ran", "pickups", "singly"].includes(said.do) ? answer : { done: true });
+      say(["ran", "pickups", "forget", "singly"].includes(said.do) ? answer : { done: true });
     } catch (error) {
       say({ error: `${error}` });
     }

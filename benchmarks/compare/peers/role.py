@@ -4,7 +4,8 @@ Commands, one JSON object a line on stdin, each answered by one line on stdout o
 
 - ``install``: make the schema, and whatever queue needs to exist. ``ready``: nothing, but to answer.
 - ``start``: work on every queue. ``ran``: how many calls of the handler began, and when the first did.
-- ``pickups``: how many, with percentiles of the time from send to the first line of the handler. ``forget``: begin anew.
+- ``pickups``: how many, with percentiles of the time from send to the first line of the handler. ``forget``: begin anew,
+  and answer as ``ran`` does.
 - ``open``: connect as a producer. ``paced``: so many sends one by one, ``gap`` seconds apart on average.
   ``fill``: so many jobs in calls of ``chunk``. ``singly``: sends one by one by so many tasks, for so many seconds.
 
@@ -59,10 +60,11 @@ class Meter:
             f"p{p}_ms": found[math.ceil(len(found) * p / 100) - 1] / 1000 for p in (50, 99) if found
         }
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.ran()
+    def forget(self) -> dict[str, Any]:
+        """Begin anew, and say how much is forgotten."""
+        told = self.ran()
         self.pickups, self.first = [], None
+        return told
 
 
 class Peer:
@@ -146,7 +148,7 @@ async def carry_out(peer: Peer, do: str, **options: Any) -> dict[str, Any]:
         case "pickups":
             return peer.meter.report()
         case "forget":
-            peer.meter.forget()
+            return peer.meter.forget()
         case "paced":
             await _paced(peer, **options)
         case "fill":
