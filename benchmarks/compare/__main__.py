@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psycopg
@@ -25,6 +27,9 @@ from ._readme import draw, put_into
 from ._results import Results, newest
 from ._table import show
 from ._verbs import VERBS, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -71,7 +76,7 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # processes and server end with it
     options = Options(jobs=jobs, seconds=seconds, limit=limit)
     versions = {name: _install.versions(PEERS[name]) for name in peers}
-    with testing.embedded_server() as server:
+    with alone(), testing.embedded_server() as server:
         told = _server.settings(server)
         results.about |= {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
         results.about |= {"server_settings": told}
@@ -89,6 +94,20 @@ def main(
         raise click.ClickException(f"{failures} cells failed: the same command tries them again")
     if missing := [name for name in wanted if name not in peers]:
         raise click.ClickException(f"left out: {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def alone(folder: Path = Path(__file__).parent) -> Iterator[None]:
+    """Refuse to run beside another comparison: they would share a machine, and perhaps a file."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise click.ClickException("another comparison is running here") from None
+        yield
+    finally:
+        os.close(held)
 
 
 def chosen(names: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -58,7 +58,7 @@ _NOTIFYQ = Peer(
 )
 
 _BARE = Peer(
-    "bare limit",
+    "limit",
     "bare",
     "",
     {"psycopg": ""},
@@ -134,10 +134,7 @@ _CHANCY = Peer(
         ),
     },
     "select count(*) from chancy_jobs where state in ('pending', 'running', 'retrying')",
-    {
-        "Queue": "https://tkte.ch/chancy/chancy.queue.html",
-        "Executors": "https://tkte.ch/chancy/chancy.executors.html",
-    },
+    {"its documentation of Queue, Worker and the executors": "https://tkte.ch/chancy/"},
     "default: jobs run in a pool of processes, as many as cores, asked for every 5 s while none is sent; outcomes are"
     " written once a second (tuned: every 50 ms)",
 )

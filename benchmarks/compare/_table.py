@@ -101,6 +101,8 @@ def _median(values: list[float], *, spread: bool) -> str:
 
 def _number(value: float) -> str:
     """As short as it says something."""
+    if float(value).is_integer() and abs(value) < 100:
+        return str(int(value))
     places = next((places for least, places in ((100, 0), (10, 1), (1, 2)) if abs(value) >= least), 3)
     return f"{value:,.{places}f}"
 
