@@ -74,7 +74,7 @@ _PGQUEUER = Peer(
     "on_pgqueuer.py",
     {"pgqueuer": "1.6", "asyncpg": "0.31", "uvloop": "0.22"},
     {
-        "default": Row({"autovac": False, "run": {}}, "outcome"),
+        "default": Row({"autovac": False, "run": {}, "loop": "uvloop"}, "outcome"),
         "tuned": Row(
             {"autovac": True, "run": {"batch_size": 1000}, "producer_pool": 10, "loop": "uvloop"},
             "outcome",
@@ -83,7 +83,7 @@ _PGQUEUER = Peer(
     "select count(*) from pgqueuer",
     {"Performance Tuning": "https://pgqueuer.readthedocs.io/en/latest/guides/performance-tuning/"},
     "keeps a log of outcomes, no outputs; its autovacuum settings, large batches, a pool for the producer and one connection"
-    " for the worker are its page's, uvloop its own benchmark's; its durability is left at `durable`",
+    " for the worker are its page's; uvloop is what `pgq run` takes; its durability is left at `durable`",
 )
 
 _PROCRASTINATE = Peer(

@@ -145,7 +145,7 @@ def test_settings_and_pages_stand_below_the_tables():
     (line,) = notes(cells("idle", {"connections": 1}))
     assert line.startswith("pgqueuer (pgqueuer 1.6): ")
     assert "[Performance Tuning](" in line
-    assert '`{"autovac": false, "run": {}}`' in line
+    assert '`{"autovac": false, "run": {}, "loop": "uvloop"}`' in line
 
 
 def test_a_peer_that_cannot_be_installed_is_left_out(
