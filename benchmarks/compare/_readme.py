@@ -52,13 +52,19 @@ def draw(cells: list[dict[str, Any]], base: Path) -> list[Path]:
         for axes, (verb, found) in zip(figure.subplots(len(drawn), squeeze=False)[:, 0], drawn.items(), strict=True):
             _bars(axes, found, *BARS[verb])
         files.append(base.with_suffix(".svg"))
-        figure.savefig(files[-1])
+        _save(figure, files[-1])
     if curves:
         figure = import_module("matplotlib.figure").Figure(figsize=(10, 5), layout="constrained")
         _curves(figure.subplots(), curves)
         files.append(base.with_name(f"{base.stem}-pinned.svg"))
-        figure.savefig(files[-1])
+        _save(figure, files[-1])
     return files
+
+
+def _save(figure: Any, file: Path) -> None:
+    """Text stays text, and no date is in it: the same figures give the same file."""
+    with import_module("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": "comparison"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 def _bars(axes: Any, cells: list[dict[str, Any]], key: str, title: str) -> None:
@@ -86,4 +92,4 @@ def _curves(axes: Any, cells: list[dict[str, Any]]) -> None:
     axes.set_title("a snapshot is held open: jobs begun a second, by seconds")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
