@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench compare clean
 
 demo: $(STAMP)
 	@$(BIN)/notifyq demo
@@ -20,6 +20,10 @@ test: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/python -m notifyq.bench
 
+# Hours in all; stopped, it goes on where it was. Fewer cells: make compare ONLY='pgqueuer drain --repeats 1'
+compare: $(STAMP)
+	@$(BIN)/python -m benchmarks.compare $(or $(ONLY),--readme)
+
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"notifyq needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -27,4 +31,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) benchmarks/compare/.peers dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
