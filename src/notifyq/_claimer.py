@@ -271,9 +271,8 @@ class Claimer:
         else:
             takers = self.shelf.takers
             self._looked(self._asked_at, asked_for, answer)
-            if (
-                len(answer.jobs) == asked_for or len(answer.jobs) > takers
-            ):  # there may be more, or some may have to wait here
+            # There may be more, or some may have to wait here.
+            if len(answer.jobs) == asked_for or len(answer.jobs) > takers:
                 self.bell.ring()
             elif answer.left:
                 self._watch.dry(len(answer.jobs), True, self._looks.at)

@@ -6,7 +6,6 @@ The protocol is in ``sql/functions/20_bell.sql``.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import attrs
@@ -68,8 +67,10 @@ class Standing:
         while True:
             await self._bell.wait()
             self._bell.clear()
-            with contextlib.suppress(ConnectionLost):
+            try:
                 await self._listener.call(self._tell)
+            except ConnectionLost:
+                self._taken.clear()  # they may have been let go of by the time that there is a connection
 
     async def _answer(self, connection: TrioConnection) -> None:
         asked, self._asked = self._asked, {}
