@@ -32,7 +32,10 @@ def put_into(text: str, cells: list[dict[str, Any]], results: str, pictures: lis
     """The text with the tables, and links to the file and the pictures, between its two marks."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise click.ClickException(f"the README needs one line {BEGIN} and one line {END}")
-    head = f"From [`{results}`]({results}): median, and lowest to highest of the repeats.\n\n"
+    repeats = max(cell["repeat"] for cell in cells)
+    options = {name: value for cell in cells for name, value in cell["options"].items()}
+    told = ", ".join(f"{name} {value:,}" for name, value in options.items())
+    head = f"From [`{results}`]({results}), {repeats} repeats, with {told}: medians, and lowest to highest.\n\n"
     tail = "".join(f"\n![{one}]({one})\n" for one in pictures)
     found = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     return found.sub(lambda _: f"{BEGIN}\n\n{head}{markdown(cells)}{tail}\n{END}", text)

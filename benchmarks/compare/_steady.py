@@ -97,9 +97,10 @@ def steady(*, times: float = 1, pinned: bool = False) -> Callable[[Cell], dict[s
         done = looks[-1][1] - looks[0][1]
         if done < 1:
             raise CellFailed("no job was settled")
+        first, last = _rate(looks[0], looks[1]), _rate(looks[2], looks[3])
         return {
             "jobs_per_second": _rate(looks[0], looks[-1]),
-            "last_over_first": _rate(looks[2], looks[3]) / max(_rate(looks[0], looks[1]), 1e-9),
+            "last_over_first": last / first if first else None,  # a slow peer may settle none in it
             "p50_ms": report.get("p50_ms"),
             "p99_ms": report.get("p99_ms"),
             "wal_bytes_per_job": wal / done,
