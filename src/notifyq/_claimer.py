@@ -272,7 +272,7 @@ class Claimer:
             takers = self.shelf.takers
             self._looked(self._asked_at, asked_for, answer)
             # There may be more, or some may have to wait here.
-            if len(answer.jobs) == asked_for or len(answer.jobs) > takers:
+            if answer.is_full(asked_for) or len(answer.jobs) > takers:
                 self.bell.ring()
             elif answer.left:
                 self._watch.dry(len(answer.jobs), True, self._looks.at)
@@ -339,7 +339,7 @@ class Claimer:
             else:
                 self._deliver(haul.jobs)
             brought += len(haul.jobs)
-            if len(haul.jobs) < how_many:
+            if not haul.is_full(how_many):
                 # With a floor that may only mean that the rest lies below it: look before resting.
                 dry = True
                 if whole and not self.bell.rung:
@@ -354,8 +354,7 @@ class Claimer:
         if not haul.jobs:
             self._floor.reset()
         self._deliver(haul.jobs)
-        is_last = len(haul.jobs) < how_many if haul.left is None else not haul.left
-        if is_last and (numbers := self.fleet.says()):
+        if not haul.is_full(how_many) and not haul.left and (numbers := self.fleet.says()):
             self._say_taken(numbers)
 
     async def _wait_room(self) -> int:

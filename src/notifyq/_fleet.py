@@ -20,7 +20,7 @@ FEW = 4
 AT_ONCE = 2
 """How many of more look at once; who that is goes round with the numbers of the tickets."""
 
-PATIENCE, STEP = 0.02, 0.01
+PATIENCE, STEP = 0.03, 0.02
 """Seconds until the next one looks if none of those has said that it took the job, and between the others after it."""
 
 MOST_NAMED = 100

@@ -292,6 +292,10 @@ class Haul:
     left: bool | None = None
     """Whether there are more tickets; None: not known. See ``any_left()`` in ``sql/functions/30_claim.sql``."""
 
+    def is_full(self, asked_for: int) -> bool:
+        """Whether another claim may bring more at once."""
+        return len(self.jobs) >= asked_for and self.left is not False
+
 
 @attrs.define(eq=False)
 class Claimed:

@@ -230,3 +230,12 @@ async def test_only_tickets_of_the_priorities_asked_for_are_left_over(connection
     await connection.execute(b"select notifyq.send('q', priority => 5)")
     cursor = await connection.execute(b"select notifyq.any_left('q', 0, 4), notifyq.any_left('q', 5, 9)")
     assert await cursor.fetchone() == (False, True)
+
+
+async def test_what_a_process_has_enough_of_is_not_left_over(connection, queue, store):
+    runtime = "11111111-1111-1111-1111-111111111111"
+    await connection.execute(f"select notifyq.register('{runtime}', '{{q}}')".encode())
+    await connection.execute(b"select notifyq.send('q', key => 'a') from generate_series(1, 3)")
+    claim = store.bind_claim("q", 9, runtime, durably=True, key_limit=1, at_work={})
+    haul = await store.run_claim(connection, claim)
+    assert (len(haul.jobs), haul.left) == (1, None)
