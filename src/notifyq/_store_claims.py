@@ -26,13 +26,12 @@ _CLAIMED: LiteralString = (
 _CLAIM_BY_HAND: LiteralString = _CLAIMED + " from {s}.claim($1, $2, null, make_interval(secs => $3)) c"
 _CLAIM_FROM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid, null, $4::smallint[], $5::bigint[]) c"
 # Of a claim from the beginning the last row says whether tickets are left; what is united is done in order.
-_LEFT: LiteralString = (
-    " union all select null, {s}.any_left(%)::int, null, null, null, null, null, null, null, null, null"
-)
-_CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT.replace("%", "$1")
+_LEFT: LiteralString = " union all select null, (%)::int, null, null, null, null, null, null, null, null, null"
+_CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT.replace("%", "{s}.any_left($1)")
 _CLAIM_SOME: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int,"
-    " key_limit => $6::int, at_work => $7::jsonb) c" + _LEFT.replace("%", "$1, $4::int, $5::int")
+    " key_limit => $6::int, at_work => $7::jsonb) c"
+    + _LEFT.replace("%", "case when $6::int is null then {s}.any_left($1, $4::int, $5::int) end")
 )
 # The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
 _UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
