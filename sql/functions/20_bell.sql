@@ -1,8 +1,9 @@
 -- The bell: the insert triggers on ready and scheduled, which NOTIFY the queue's channel.
 --
 -- Payload 'r:<priority>:<number>' says where to look in ready, 'd:<epoch seconds>' when a
--- ticket in scheduled is due; claim() sends 'look' when only expired jobs made it end short. All are
--- hints: losing one costs latency, never a job.
+-- ticket in scheduled is due; claim() sends 'look' when only expired jobs made it end short, and a
+-- runtime 't:<numbers>' for the tickets it took, so that not all of many look. All are hints: losing
+-- one costs latency, never a job.
 --
 -- One ring per queue and transaction: what already rang is remembered in a
 -- transaction-local setting, which ROLLBACK TO takes back together with the NOTIFY. Only a
