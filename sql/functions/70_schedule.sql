@@ -375,7 +375,7 @@ $$;
 --
 -- done says what was done: 'fired'; 'planned' (no job was asked for); 'refused' (its queue does not take the job:
 -- the error is kept, and the next firing set); or nothing: 'beaten' (another was first: next_at is what stands),
--- 'early' (by the server's clock it is not time yet), 'busy' (somebody has the row locked: try again), 'changed' (there is
+-- 'early' (it was not time yet when the transaction began), 'busy' (somebody has the row locked: try again), 'changed' (there is
 -- no such schedule any more). Locks: the schedule's row, stepping over it, then as try_send().
 create or replace function notifyq.fire(
     schedule bigint,
@@ -414,7 +414,7 @@ begin
         done := 'beaten';
         return;
     end if;
-    if fire.fired_for > clock_timestamp() then
+    if fire.fired_for > now() then -- the clock of sent_at: no job is older than the time it was fired for
         done := 'early';
         return;
     end if;

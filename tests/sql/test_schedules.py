@@ -280,6 +280,17 @@ async def test_a_firing_is_never_before_its_time_by_the_servers_clock(ask, due):
     assert await ask("select next_at from notifyq.schedule") == [(soon,)]
 
 
+async def test_no_job_is_older_than_the_time_it_was_fired_for(ask, due):
+    number, _ = due
+    await ask("begin")  # sent_at will be now
+    [(soon,)] = await ask("update notifyq.schedule set next_at = clock_timestamp() returning next_at")
+    assert await ask(FIRE, number, soon, soon, soon + timedelta(hours=1)) == [("early", None, None)]
+    await ask("commit")
+    [(done, job, _)] = await ask(FIRE, number, soon, soon, soon + timedelta(hours=1))
+    assert done == "fired"
+    assert await ask("select sent_at >= %s from notifyq.job where id = %s", soon, job) == [(True,)]
+
+
 @pytest.mark.parametrize("then_at", [None, datetime(2025, 1, 1, tzinfo=UTC)])
 async def test_a_next_firing_that_does_not_come_after_is_refused(ask, due, then_at):
     number, moment = due
