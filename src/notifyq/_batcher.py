@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import trio
 
 from ._bell import Bell
+from ._lock import QuickLock
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,7 +31,7 @@ class Batcher(Generic[T]):
         self._bell = Bell()
         self._flushed = trio.lowlevel.ParkingLot()
         self._in_flight: list[T] = []
-        self._flushing = trio.Lock()
+        self._flushing = QuickLock()
 
     def put(self, item: T) -> None:
         """Add an item; never waits. Whoever puts without bound should look at ``backlog``."""
@@ -55,7 +56,8 @@ class Batcher(Generic[T]):
         """Flush until cancelled."""
         while True:
             await self._bell.wait()
-            await self._flush_once()
+            while self._items:  # without a trip through the scheduler: those who wait for room would come first
+                await self._flush_once()
 
     async def close(self) -> None:
         """Wait until all is flushed, by ``run()`` or, if that has ended, here."""
@@ -66,8 +68,6 @@ class Batcher(Generic[T]):
         async with self._flushing:
             self._bell.clear()
             batch, self._items = self._items[: self._limit], self._items[self._limit :]
-            if self._items:
-                self._bell.ring()
             self._in_flight = batch
             try:
                 if batch:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
+from ._bell import Bell
 from ._errors import InvalidData, InvalidOption
 from ._middleware import wrap
 from ._queue import job_of
@@ -31,16 +32,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Executor"]
 
-YIELD_EVERY = 0.005
-"""Seconds a slot goes on with jobs that never wait before it lets others run."""
+TURN = 0.005
+"""Seconds that the slots together go on with jobs that never wait before they let claims, settles and all else run."""
 
 
 @attrs.define(eq=False)
 class _Run:
-    """One call of the worker under way."""
+    """One slot's calls of the worker, one after the other, for as long as none of them is cancelled."""
 
-    jobs: list[Job[Any]]
-    scope: trio.CancelScope
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    batch: list[Claimed] = attrs.field(factory=list)
+    """What was taken for the call under way; empty between two calls."""
+    jobs: list[Job[Any]] = attrs.field(factory=list)
+    """Those whose data could be read."""
+    started: float = 0.0
+    deadline: float = math.inf
+    """When it times out, on ``trio.current_time()``'s clock."""
+    noted: bool = False
+    """It is among those whose scopes get their deadline if they still run when that is next done."""
+    cancelled: bool = False
+    """Its scope was: it can serve for no further call."""
     reason: str | None = None
     """Why it is being cancelled: ``cancel``, ``lost``, ``shutdown`` or ``unstarted``; a timeout needs none."""
     given_up: bool = False
@@ -59,7 +70,7 @@ class Executor:
         queue: Queue[Any, Any],
         *,
         claimer: Claimer,
-        settle: Callable[[Outcome, str], None],
+        settle: Callable[[Outcome, str], bool],
         settled: Callable[[], Awaitable[None]],
         handle: JobHandle,
         middleware: Sequence[Middleware],
@@ -67,7 +78,7 @@ class Executor:
         events: Events,
         atomic: Atomic,
     ) -> None:
-        """``settle`` takes an outcome and the queue's name; ``settled`` waits while too many are not written yet.
+        """``settle`` takes an outcome and the queue's name. False: too many are not written; ``settled`` waits for that.
 
         ``atomic`` runs the handlers that complete their jobs in transactions of their own.
         """
@@ -84,6 +95,10 @@ class Executor:
         self._atomic = atomic
         self._runs: dict[int, _Run] = {}
         self._ended = trio.lowlevel.ParkingLot()
+        self._turn_ends = -math.inf
+        self._turn_is_over = False
+        self._set_out: list[_Run] = []
+        self._watch = Bell()
         self._threads = trio.CapacityLimiter(self._worker.concurrency)
         self._threads_awaited: set[trio.CancelScope] = set()
         self._call = wrap(self._innermost(), (*middleware, *self._worker.middleware))
@@ -116,6 +131,7 @@ class Executor:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until cancelled; a call under way is then cancelled, too (``drain`` first)."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_deadlines)
             for _ in range(self._worker.concurrency):
                 nursery.start_soon(self._slot)
             task_status.started()
@@ -150,9 +166,9 @@ class Executor:
         """Move the deadline of a running call to so many seconds from now."""
         run = self._runs.get(job_id)
         if run is not None:
-            run.scope.deadline = trio.current_time() + seconds
+            run.scope.deadline = run.deadline = trio.current_time() + seconds
             for job in run.jobs:
-                job.deadline = run.scope.deadline
+                job.deadline = run.deadline
 
     def abandon(self, lost: Container[tuple[int, int]] | None) -> None:
         """Cancel the handlers of these attempts (None: all): they are somebody else's now."""
@@ -168,12 +184,13 @@ class Executor:
 
     def _stop(self, run: _Run, reason: str) -> None:
         run.reason = run.reason or reason
+        run.cancelled = True
         run.scope.cancel()
 
     def give_up_stuck(self) -> None:
         """Fail the jobs of handlers that ignore their timeout. The slot stays taken until the handler returns."""
         for run in list(self._runs.values()):
-            late = run.scope.deadline < trio.current_time() - 1.0
+            late = run.deadline < trio.current_time() - 1.0
             if late and not run.given_up and not run.decided and run.reason is None:
                 run.given_up = True
                 for job in run.jobs:
@@ -181,92 +198,144 @@ class Executor:
                     self._events.emit(HandlerStuck(f"job {job.id} of queue {job.queue} ignores its timeout"))
 
     async def _slot(self) -> None:
-        rested = trio.current_time()
         while True:
-            batch = await self._claimer.take(self._worker.batch_size)
-            outcomes = await self._run(batch)
-            for outcome in outcomes:
-                self._settle(outcome, self._queue.name)
-            for claimed in batch:
-                self._claimer.finished(claimed)
-            await self._settled()
-            now = trio.current_time()
-            if now > rested + YIELD_EVERY:
-                await trio.lowlevel.checkpoint()
-                rested = trio.current_time()
-
-    async def _run(self, batch: list[Claimed]) -> list[Outcome]:
-        jobs = []
-        for claimed in batch:
+            run = _Run()
+            error: Exception | None = None
             try:
-                jobs.append(job_of(claimed, self._queue, self._handle))
-            except InvalidData as error:
-                self._settle(data_invalid(claimed.id, claimed.attempt, error), self._queue.name)
-        return await self._run_jobs(jobs) if jobs else []
+                with run.scope:  # it serves until it is cancelled: to enter one takes as long as a small job
+                    while await self._take_and_call(run):
+                        pass
+            except Exception as raised:  # what is left of a group whose other part was our cancelling
+                error = raised
+            finally:
+                self._ends(run)
+            self._settle_all(run, None, error)
 
-    async def _run_jobs(self, jobs: list[Job[Any]]) -> list[Outcome]:
-        started = trio.current_time()
-        timeout = jobs[0].timeout if len(jobs) == 1 else min(job.timeout for job in jobs)
-        deadline = started + timeout
-        run = _Run(jobs, trio.CancelScope(deadline=deadline))
-        for job in jobs:
-            job.deadline = deadline
-            self._runs[job.id] = run
-        error: Exception | None = None
+    async def _take_and_call(self, run: _Run) -> bool:
+        """One call of the worker, settled. False: the scope of the call has been cancelled."""
+        run.batch = await self._claimer.take(self._worker.batch_size)
         result: Any = None
-        left: Outcome | None = None
-        try:
-            with run.scope:
+        error: Exception | None = None
+        if self._begins(run):
+            try:
                 if self._worker.transaction:
-                    left = await self._run_in_transaction(run)
+                    result = await self._run_in_transaction(run)
                     run.decided = True
                 else:
-                    result = await self._call(jobs if self._worker.kind == "batch" else jobs[0])
-        except Exception as raised:  # also what is left of a group whose other part was our cancelling
-            error = raised
-        finally:
-            for job in jobs:
-                if self._runs.get(job.id) is run:  # and not a later attempt's
-                    del self._runs[job.id]
-            if self._ended:
-                self._ended.unpark_all()
-        if run.given_up:
+                    result = await self._call(run.jobs if self._worker.kind == "batch" else run.jobs[0])
+            except Exception as raised:
+                error = raised
+        self._ends(run)
+        room = self._settle_all(run, result, error)
+        if run.cancelled:
+            return False
+        if not room:
+            await self._settled()
+        if trio.current_time() >= self._turn_ends:
+            await self._give_way()
+        return True
+
+    async def _give_way(self) -> None:
+        """Let all other tasks run once. The first slot to come here begins the next turn; until then a slot does one job."""
+        first, self._turn_is_over = not self._turn_is_over, True
+        await trio.lowlevel.checkpoint()
+        if first:
+            self._turn_is_over = False
+            self._turn_ends = trio.current_time() + TURN
+
+    def _begins(self, run: _Run) -> bool:
+        """Read the data of what was taken. False: there is nothing to call the worker with."""
+        run.jobs = []
+        for claimed in run.batch:
+            try:
+                job = job_of(claimed, self._queue, self._handle)
+            except InvalidData as error:
+                self._settle(data_invalid(claimed.id, claimed.attempt, error), self._queue.name)
+            else:
+                run.jobs.append(job)
+                self._runs[job.id] = run
+        if self._worker.transaction:  # it does not run while it waits for a connection
+            run.started, run.deadline, run.connection, run.decided = trio.current_time(), math.inf, None, False
+        elif run.jobs:
+            self._sets_out(run)
+        return bool(run.jobs)
+
+    def _sets_out(self, run: _Run) -> None:
+        """The worker is about to be called: its time runs."""
+        run.started = trio.current_time()
+        run.deadline = run.started + (
+            run.jobs[0].timeout if len(run.jobs) == 1 else min(job.timeout for job in run.jobs)
+        )
+        for job in run.jobs:
+            job.deadline = run.deadline
+        if not run.noted:
+            run.noted = True
+            self._set_out.append(run)
+            self._watch.ring()
+
+    async def _watch_deadlines(self) -> None:
+        """Give the calls that wait for something their deadlines. Those that never wait end before this comes to run."""
+        while True:
+            await self._watch.wait()
+            self._watch.clear()
+            set_out, self._set_out = self._set_out, []
+            for run in set_out:
+                run.noted = False
+                if run.batch:
+                    run.scope.deadline = run.deadline
+
+    def _ends(self, run: _Run) -> None:
+        """The worker has returned, or was cancelled."""
+        if run.scope.deadline != math.inf:
+            run.cancelled = run.scope.cancel_called
+            run.scope.deadline = math.inf
+        for job in run.jobs:
+            if self._runs.get(job.id) is run:  # and not a later attempt's
+                del self._runs[job.id]
+        if self._ended:
+            self._ended.unpark_all()
+
+    def _settle_all(self, run: _Run, result: Any, error: Exception | None) -> bool:
+        """Settle what one call brought, if that is not done. False: too much is not written yet."""
+        room = True
+        for outcome in self._judge(run, result, error):
+            room = self._settle(outcome, self._queue.name)
+        for claimed in run.batch:
+            self._claimer.finished(claimed)
+        run.batch, run.jobs = [], []
+        return room
+
+    def _judge(self, run: _Run, result: Any, error: Exception | None) -> list[Outcome]:
+        jobs, now = run.jobs, trio.current_time()
+        if not jobs or run.given_up:
             return []
         if run.decided and error is None:
-            return [] if left is None else [left]
-        if run.scope.cancel_called:
+            return [] if result is None else [result]
+        late = now >= run.deadline
+        if late or run.cancelled:
             # Also when it returned nevertheless: a result that comes after the end was decided is refused.
-            ended = run.scope.cancelled_caught or error is not None or trio.current_time() >= run.scope.deadline
-            if ended or run.reason == "lost":
+            run.cancelled = True
+            if late or run.scope.cancelled_caught or error is not None or run.reason == "lost":
                 return [outcome for job in jobs if (outcome := interrupted(job, run.reason)) is not None]
-        rules = self._rules(started)
+        limit, elapsed = self._output_limit, now - run.started
         if self._worker.kind == "batch":
-            return judge_batch(jobs, result, error, **rules)
-        return [judge(jobs[0], result, error, **rules)]
-
-    def _rules(self, started: float) -> dict[str, Any]:
-        return {
-            "type_": self._queue.output_type,
-            "limit": self._output_limit,
-            "elapsed": trio.current_time() - started,
-        }
+            return judge_batch(jobs, result, error, type_=self._queue.output_type, limit=limit, elapsed=elapsed)
+        return [judge(jobs[0], result, error, type_=self._queue.output_type, limit=limit, elapsed=elapsed)]
 
     async def _run_in_transaction(self, run: _Run) -> Outcome | None:
         """Returns what is left to be settled. Raises what the handler raised: then nothing was written."""
         [job] = run.jobs
-        started = 0.0
-        run.scope.deadline = math.inf  # it does not run while it waits for a connection
 
         async def call(connection: TrioConnection) -> Any:
-            nonlocal started
-            started = trio.current_time()
             run.connection = connection
-            run.scope.deadline = job.deadline = started + job.timeout
+            self._sets_out(run)
             return await self._call(job)
+
+        def judged(result: Any) -> Outcome:
+            elapsed = trio.current_time() - run.started
+            return judge(job, result, None, type_=self._queue.output_type, limit=self._output_limit, elapsed=elapsed)
 
         def committing() -> None:
             run.decided = True
 
-        return await self._atomic.run(
-            job, call, lambda result: judge(job, result, None, **self._rules(started)), committing
-        )
+        return await self._atomic.run(job, call, judged, committing)

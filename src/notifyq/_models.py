@@ -133,7 +133,8 @@ class Job(Generic[In]):
     """Of a dead letter: ``queue``, ``id``, ``attempts``, ``error`` and ``sent_at`` of the job that failed."""
     key: str | None
     deadline: float = attrs.field(default=float("inf"), init=False)
-    """When the attempt times out, on ``trio.current_time()``'s clock; infinite for a job fetched by hand."""
+    """When the attempt times out, on ``trio.current_time()``'s clock; infinite for a job fetched by hand. A cancel scope
+    around the worker has it, from the moment on at which the worker first waits for something."""
     _handle: JobHandle | None = attrs.field(default=None, repr=False)
 
     @property

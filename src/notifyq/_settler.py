@@ -55,9 +55,10 @@ class Settler:
         self._batcher: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
         self._random = random.Random()
 
-    def put(self, outcome: Outcome, queue: str) -> None:
-        """Take an outcome; never waits."""
+    def put(self, outcome: Outcome, queue: str) -> bool:
+        """Take an outcome; never waits. False: too many are not written yet, ``wait_room()`` before the next."""
         self._batcher.put((outcome, queue))
+        return self._batcher.backlog < BACKLOG_MAX
 
     def unsettled(self) -> set[tuple[int, int]]:
         """The attempts whose outcome is not written yet, as (job, attempt)."""
@@ -65,8 +66,7 @@ class Settler:
 
     async def wait_room(self) -> None:
         """Wait while too many outcomes are not written yet."""
-        if self._batcher.backlog >= BACKLOG_MAX:
-            await self._batcher.wait_backlog_below(BACKLOG_MAX)
+        await self._batcher.wait_backlog_below(BACKLOG_MAX)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write until cancelled; then call ``close()``."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import pytest
 import trio
+import trio.lowlevel
 
 import notifyq
 from notifyq import Job, Queue
@@ -154,6 +155,69 @@ async def test_slots_run_at_once_up_to_concurrency(start, nq):
     gate.set()
     await seen.wait(JobCompleted, 7)
     assert most == 3
+
+
+async def test_slots_whose_jobs_never_wait_let_all_else_run_after_a_turn_together(start, nq):
+    queue = Queue("q", int)
+    done = 0
+    in_a_row = [0]
+
+    @queue.worker(concurrency=20)
+    async def never_waits(job: Job[int]) -> None:
+        nonlocal done
+        time.sleep(0.001)  # noqa: ASYNC251 - computes
+        done += 1
+
+    async def goes_round() -> None:
+        while done < 300:
+            before = done
+            await trio.lowlevel.checkpoint()
+            in_a_row.append(done - before)
+
+    await nq.create_queue(queue)
+    await nq.send_many(queue, range(300))
+    await start(queue)
+    with trio.fail_after(30):
+        await goes_round()
+    assert max(in_a_row) <= 2 * (5 + 20)  # a turn is 5 ms, and one job of each slot; this task runs once in each
+
+
+async def test_what_cancels_one_call_of_a_slot_does_not_concern_its_next(start, nq):
+    queue = Queue("q", str, str, retry_limit=0)
+    hangs = trio.Event()
+    ahead: list[float] = []
+
+    @queue.worker(concurrency=1)
+    async def work(job: Job[str]) -> str:
+        match job.data:
+            case "raise":
+                raise ValueError
+            case "block":
+                time.sleep(0.1)  # noqa: ASYNC251 - and returns without having waited for anything
+            case "wait":
+                if job.timeout == 30:
+                    hangs.set()
+                await trio.sleep_forever()
+            case "fine":
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                ahead.append(job.deadline - trio.current_effective_deadline())
+        return job.data
+
+    seen = await start(queue)
+    for kind, timeout in [("raise", 30), ("block", 0.05), ("wait", 0.05), ("wait", 30)]:
+        sent, fine = await nq.send_many(
+            queue, [notifyq.NewJob(kind, {"timeout": timeout}), notifyq.NewJob("fine", {"timeout": 30})]
+        )
+        if (kind, timeout) == ("wait", 30):
+            with trio.fail_after(5):
+                await hangs.wait()
+            assert await nq.cancel(sent) == [sent.id]
+        with trio.fail_after(5):
+            assert await nq.result(fine) == "fine"
+    assert [event.type for event in await seen.wait(JobFailed, 3)] == ["ValueError", "timeout", "timeout"]
+    assert len(await seen.wait(JobCancelled)) == 1
+    assert ahead == [0, 0, 0, 0]
 
 
 async def test_single_sends_fill_the_free_slots_of_a_busy_worker(start, nq):

@@ -97,6 +97,30 @@ async def test_the_batcher_batches_what_arrives_during_a_flush_and_loses_nothing
     assert batcher.backlog == 0
 
 
+async def test_the_next_flush_is_begun_before_those_go_on_who_wait_for_room():
+    order: list[Any] = []
+
+    async def flush(items: list[int]) -> None:
+        order.append(items)
+        await trio.lowlevel.checkpoint()
+
+    batcher: Batcher[int] = Batcher(flush, limit=1)
+
+    async def waits() -> None:
+        await batcher.wait_backlog_below(2)
+        order.append("room")
+
+    batcher.put(1)
+    batcher.put(2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(waits)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(batcher.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert order == [[1], [2], "room"]
+
+
 @given(st.integers(1, 10_000), st.integers())
 def test_reconnect_delay_lies_within_its_documented_bounds(failures, seed):
     ceiling = min(CAP, BASE * 2.0 ** min(failures - 1, 60))
