@@ -47,7 +47,7 @@ def _within(text: str, limit: int) -> int:
 def demand(capacity: int, running: int, buffered: int, per_second: float) -> int:
     """How many jobs to claim now: enough for the free slots and about 100 ms of work, but no trickles."""
     prefetch = min(PREFETCH_MAX, int(per_second * PREFETCH_SECONDS))
-    if buffered > prefetch // 2:
+    if buffered > prefetch * 3 // 4:  # while the claim is under way the rest must last
         return 0
     return max(0, capacity + prefetch - running - buffered)
 
