@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _schema
-from ._connect import connect, resolve_dsn
+from ._connect import connect, resolve_dsn, resolve_listen_dsn
 from ._errors import InvalidOption
 from ._opening import open_connection
 from ._runtime import Runtime, run_until_signal
@@ -77,10 +77,16 @@ def cli(context: click.Context, dsn: str | None, schema: str | None) -> None:
 @cli.command()
 @click.argument("app", metavar="MODULE:RUNTIME")
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1, 256), help="Worker processes.")
+@click.option(
+    "--listen-dsn",
+    envvar="NOTIFYQ_LISTEN_DSN",
+    metavar="DSN",
+    help="The same database without a pooler in between, to listen on.  [default: the database's]",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Log every job.")
 @click.option("--supervised", is_flag=True, hidden=True, help="Stop when stdin is closed.")
 @click.pass_obj
-def run(target: Target, app: str, processes: int, verbose: bool, supervised: bool) -> None:
+def run(target: Target, app: str, processes: int, listen_dsn: str | None, verbose: bool, supervised: bool) -> None:
     """Run the workers of a runtime until SIGTERM or SIGINT; a second signal stops at once.
 
     The database is the one of --dsn, else the one that MODULE's Runtime names, else DATABASE_URL's.
@@ -90,7 +96,10 @@ def run(target: Target, app: str, processes: int, verbose: bool, supervised: boo
     )
     logging.getLogger("psycopg").setLevel(logging.ERROR)
     runtime = load_runtime(app)
+    if listen_dsn is not None or target.dsn is not None:
+        runtime.listen_dsn = listen_dsn
     runtime.dsn = resolve_dsn(runtime.dsn if target.dsn is None else target.dsn)
+    listen_dsn = resolve_listen_dsn(runtime.listen_dsn, runtime.dsn)
     runtime.schema = target.given_schema or runtime.schema
     if processes == 1:
         trio.run(partial(run_until_signal, runtime, supervised=supervised))
@@ -100,7 +109,7 @@ def run(target: Target, app: str, processes: int, verbose: bool, supervised: boo
         options = ["-v"] if verbose else []
         # In the environment, since others can read a command line.
         arguments = ["--schema", runtime.schema, "run", app, "--supervised", *options]
-        environment = {**os.environ, "NOTIFYQ_DSN": runtime.dsn}
+        environment = {**os.environ, "NOTIFYQ_DSN": runtime.dsn, "NOTIFYQ_LISTEN_DSN": listen_dsn}
         sys.exit(trio.run(supervise, arguments, processes, environment))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from datetime import timedelta
 
-__all__ = ["connect", "prepare", "resolve_dsn"]
+__all__ = ["connect", "prepare", "resolve_dsn", "resolve_listen_dsn"]
 
 PATIENCE_PAUSE = 0.5
 """Seconds between tries to reach a server that is starting."""
@@ -48,6 +48,16 @@ def resolve_dsn(dsn: str | None) -> str:
             " or key=value pairs"
         )
     return found
+
+
+def resolve_listen_dsn(listen_dsn: str | None, dsn: str) -> str:
+    """The DSN for the listening connection: the one given, or ``dsn``. Raises ``InvalidOption`` if it is bad."""
+    if listen_dsn is None:
+        return dsn
+    try:
+        return resolve_dsn(listen_dsn)
+    except InvalidOption as error:
+        raise InvalidOption(f"listen_dsn: {error}") from None
 
 
 async def prepare(dsn: str, schema: str, *, migrate: bool, patience: float) -> None:
@@ -89,6 +99,7 @@ def _is_final(error: ConnectionLost) -> bool:
 async def connect(
     dsn: str | None = None,
     *,
+    listen_dsn: str | None = None,
     schema: str = "notifyq",
     migrate: bool = True,
     pool_size: int = 10,
@@ -98,6 +109,7 @@ async def connect(
 
     Args:
         dsn: a PostgreSQL URI or key=value string (default: the environment's ``DATABASE_URL``).
+        listen_dsn: the same database without a pooler in between, to wait for results (default: ``dsn``).
         schema: the schema that holds this installation.
         migrate: install or upgrade it if need be; False for a role that may not, which is told if it does not fit.
         pool_size: most connections at once, opened when needed.
@@ -110,6 +122,7 @@ async def connect(
         MissingPrivilege: the role may not install it.
     """
     dsn = resolve_dsn(dsn)
+    listen_dsn = resolve_listen_dsn(listen_dsn, dsn)
     check_schema_name(schema)
     whole(pool_size, "pool_size", 1, 1000)
     patience = seconds(connect_timeout, "connect_timeout")
@@ -122,7 +135,7 @@ async def connect(
         Pool(dsn, size=pool_size, connect_timeout=patience) as pool,
         trio.open_nursery() as nursery,
     ):
-        listener = Listener(dsn, store, Events())
+        listener = Listener(listen_dsn, store, Events())
         client = Client(pool, store, listener, lambda: nursery.start_soon(listener.run))
         try:
             yield client

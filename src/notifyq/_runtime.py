@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import trio
 
 from . import _logging
-from ._connect import prepare, resolve_dsn
+from ._connect import prepare, resolve_dsn, resolve_listen_dsn
 from ._errors import InvalidOption
 from ._listener import Listener
 from ._middleware import check_middleware
@@ -48,6 +48,7 @@ class Runtime:
         queues: Iterable[Queue[Any, Any]],
         *,
         dsn: str | None = None,
+        listen_dsn: str | None = None,
         schema: str = "notifyq",
         migrate: bool = True,
         middleware: Sequence[Middleware] = (),
@@ -61,6 +62,7 @@ class Runtime:
         Args:
             queues: queues, each with a worker.
             dsn: a PostgreSQL URI or key=value string (default: the environment's ``DATABASE_URL``).
+            listen_dsn: the same database without a pooler in between, for the one listening connection (default: ``dsn``).
             schema: the schema that holds the installation.
             migrate: install or upgrade it, and create the queues, at start.
             middleware: around every job, the first outermost: ``async def (job, call_next)``, or a function of the job
@@ -78,6 +80,7 @@ class Runtime:
         self.id: UUID = uuid4()
         self.events = Events()
         self.dsn = dsn
+        self.listen_dsn = listen_dsn
         self.schema = check_schema_name(schema)
         self._migrate = migrate
         self.middleware = check_middleware(middleware, "the runtime")
@@ -120,6 +123,7 @@ class Runtime:
             SchemaMismatch, MissingPrivilege, UnknownQueue, InvalidOption: it cannot start like this.
         """
         dsn = resolve_dsn(self.dsn)
+        listen_dsn = resolve_listen_dsn(self.listen_dsn, dsn)
         self.id = uuid4()
         self._stopping = trio.Event()
         if not self._logged:
@@ -136,7 +140,7 @@ class Runtime:
                 Pool(dsn, size=self._pool_size, connect_timeout=self._connect_timeout) as handlers,
             ):
                 settings = Settings(self.id, self.queues, self.middleware, self.lease, self.grace, self.events)
-                session = Session(settings, store, Listener(dsn, store, self.events), own, handlers)
+                session = Session(settings, store, Listener(listen_dsn, store, self.events), own, handlers)
                 await session.begin(declare=self._migrate)
                 await session.run(self._stopping, task_status)
         finally:

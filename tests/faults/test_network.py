@@ -311,3 +311,20 @@ async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(pro
         with trio.fail_after(1):  # no beat is so soon
             assert await nq.result(await nq.send(queue, 3)) == 3
     assert len(of(seen, events.ListenerDown)) == 1
+
+
+async def test_with_a_listening_connection_past_the_pooler_all_else_may_go_through_it(proxy, serve, dsn):
+    proxy.deaf = True
+    queue = Queue("q", int, int)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await serve(queue, listen_dsn=dsn)
+    async with notifyq.connect(proxy.dsn, listen_dsn=dsn) as behind:
+        with trio.fail_after(4):  # no beat is so soon
+            for number in range(3):
+                assert await behind.result(await behind.send(queue, number)) == number
+    assert of(seen, events.ListenerDown) == []
+    assert len(of(seen, events.ListenerUp)) == 1

@@ -198,13 +198,18 @@ async def test_a_fleet_that_never_was_healthy_ends_with_the_code_of_the_one_that
 async def test_run_serves_the_database_and_schema_that_it_was_given(nq, dsn, empty_dsn, run, processes, names):
     async with notifyq.connect(empty_dsn, schema="other") as other:
         await other.create_queue(Q)
-        options = "" if names == "nothing" else f", dsn={dsn!r}, schema='notifyq'"
+        options = "" if names == "nothing" else f", dsn={dsn!r}, listen_dsn={dsn!r}, schema='notifyq'"
         given = ("--dsn", empty_dsn, "--schema", "other")
         process = run(*given, "run", "app:runtime", "--processes", processes, options=options)
         sent = await other.send(Q, "quick")
         with trio.fail_after(10):
             assert await other.result(sent) in await registered(other, int(processes))
         assert await nq.runtimes() == []
+        async with other.connection() as connection:
+            listeners = await connection.fetch(
+                "select datname = current_database() from pg_stat_activity where application_name = 'notifyq listener'"
+            )
+        assert listeners.count((True,)) == int(processes) + 1  # and the client's
         process.send_signal(signal.SIGTERM)
         code, log = await process.end()
         assert code == 0, log
@@ -216,6 +221,26 @@ async def test_without_options_run_serves_the_database_that_the_runtime_names(nq
     await nq.create_queue(Q)
     run("run", "app:runtime", "--processes", processes, url=empty_dsn, options=f", dsn={dsn!r}")
     await registered(nq, int(processes))
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_run_listens_where_it_is_told_to(nq, dsn, empty_dsn, run, processes):
+    given = ("run", "app:runtime", "--listen-dsn", dsn, "--processes", processes)
+    run(*given, url=dsn, options=f", listen_dsn={empty_dsn!r}")
+    await registered(nq, int(processes))
+    async with nq.connection() as connection:
+        rows = await connection.fetch(
+            "select datname = current_database() from pg_stat_activity where application_name = 'notifyq listener'"
+        )
+    assert rows.count((True,)) == int(processes)
+
+
+async def test_a_bad_listen_dsn_is_named_and_not_quoted(run):
+    process = run("run", "app:runtime", "--listen-dsn", "postgresql://me:p@ss@host/db")
+    code, log = await process.end()
+    assert code != 0
+    assert "listen_dsn: the DSN is not one" in log
+    assert "p@ss" not in log
 
 
 async def test_a_password_given_to_run_is_not_on_the_command_lines_of_its_processes(nq, dsn, run):
