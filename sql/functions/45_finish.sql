@@ -4,7 +4,8 @@
 -- Takes tickets out of active, by id; returns them. A ticket that is not active with this
 -- attempt (attempts null: any) and this runtime (null: claimed by hand) stays.
 -- About the CASE see complete().
-create or replace function notifyq.leave_active(jobs bigint[], attempts int[], runtime uuid) returns setof notifyq.active
+create or replace function notifyq.leave_active(jobs bigint[], attempts int[], runtime uuid, as_of timestamptz[] default null)
+returns setof notifyq.active
 language sql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -14,12 +15,13 @@ set enable_mergejoin = off
 as $$
     delete from notifyq.active a
     using (
-        select o.job, o.attempt
-        from rows from (unnest(leave_active.jobs), unnest(leave_active.attempts)) o (job, attempt)
+        select o.job, o.attempt, o.as_of
+        from rows from (unnest(leave_active.jobs), unnest(leave_active.attempts), unnest(leave_active.as_of)) o (job, attempt, as_of)
         order by o.job
     ) o
     where a.job = o.job
     and case when a.runtime is not distinct from leave_active.runtime then leave_active.attempts is null or a.attempt = o.attempt end
+    and a.claimed_at <= coalesce(o.as_of, 'infinity')
     returning a.*
 $$;
 

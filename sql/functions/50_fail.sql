@@ -124,7 +124,12 @@ $$;
 -- Puts active jobs off without spending an attempt; a delay of zero: to the end of the line. One
 -- with a cancel request ends as cancelled. Returns the ids affected. Locks: active tickets in the
 -- order given, then jobs.
-create or replace function notifyq.snooze(jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null) returns bigint[]
+--
+-- as_of: a moment at which the claim that is meant had been made, for each job. The next claim has the same attempt and
+-- may be the same runtime's: a call that is repeated, or comes through late, must not end that one. Null: whatever claim.
+create or replace function notifyq.snooze(
+    jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
+) returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -142,9 +147,10 @@ begin
     end if;
     with gone as materialized (
         delete from notifyq.active a
-        using rows from (unnest(snooze.jobs), unnest(snooze.attempts), unnest(snooze.delays)) as o (job, attempt, delay)
+        using rows from (unnest(snooze.jobs), unnest(snooze.attempts), unnest(snooze.delays), unnest(snooze.as_of)) as o (job, attempt, delay, as_of)
         where a.job = o.job
         and case when a.runtime is not distinct from snooze.runtime then snooze.attempts is null or a.attempt = o.attempt end
+        and a.claimed_at <= coalesce(o.as_of, 'infinity')
         returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at is not null as cancelled, o.delay
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
@@ -172,8 +178,10 @@ end
 $$;
 
 -- Hands back claimed jobs that were not started: same place in the line, no attempt spent. One
--- with a cancel request ends as cancelled. Returns the ids affected. Locks: active tickets by id.
-create or replace function notifyq.release(jobs bigint[], attempts int[] default null, runtime uuid default null) returns bigint[]
+-- with a cancel request ends as cancelled. as_of: see snooze(). Returns the ids affected. Locks: active tickets by id.
+create or replace function notifyq.release(
+    jobs bigint[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
+) returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -191,7 +199,7 @@ begin
     end if;
     with gone as materialized (
         select g as ticket, g.job, g.queue, g.attempt, g.key, g.number, g.cancel_requested_at is not null as cancelled
-        from notifyq.leave_active(release.jobs, release.attempts, release.runtime) g
+        from notifyq.leave_active(release.jobs, release.attempts, release.runtime, release.as_of) g
     ), back as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select g.queue, notifyq.line_priority(j.priority, q.ageing), g.number, g.job, g.attempt - 1

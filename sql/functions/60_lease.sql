@@ -107,11 +107,11 @@ as $$
 $$;
 
 -- The jobs a runtime still holds: after a reconnect it cancels the handlers of all others.
-create or replace function notifyq.held(runtime uuid) returns table (job bigint, attempt int)
+create or replace function notifyq.held(runtime uuid) returns table (job bigint, attempt int, claimed_at timestamptz)
 language sql stable
 set search_path = pg_catalog, pg_temp
 as $$
-    select a.job, a.attempt
+    select a.job, a.attempt, a.claimed_at
     from notifyq.active a
     where a.runtime = held.runtime
 $$;

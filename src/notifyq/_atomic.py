@@ -78,10 +78,10 @@ class Atomic:
                 with trio.move_on_after(PATIENCE) as patience:
                     await stack.enter_async_context(self._turns)
                 if patience.cancelled_caught:
-                    return Released(job.id, job.attempt)
+                    return Released(job.id, job.attempt, job._as_of)
                 connection = await stack.enter_async_context(self._pool.connection())
             except NotifyqError:  # all are in use, or the server is away: it was not started, and is handed back
-                return Released(job.id, job.attempt)
+                return Released(job.id, job.attempt, job._as_of)
             try:
                 async with self._transaction(connection):
                     outcome = judge(await call(connection))
@@ -90,7 +90,7 @@ class Atomic:
             except _RolledBack as rolled_back:
                 return rolled_back.outcome
             except _NotBegun:  # the connection had broken while nobody used it
-                return Released(job.id, job.attempt)
+                return Released(job.id, job.attempt, job._as_of)
             except _InDoubt as doubt:
                 reason = f"the connection broke while the handler's transaction was committed: {doubt}"
                 return Failed(job.id, job.attempt, ConnectionLost.__name__, reason)

@@ -132,6 +132,7 @@ class Job(Generic[In]):
     provenance: dict[str, Any] | None
     """Of a dead letter: ``queue``, ``id``, ``attempts``, ``error`` and ``sent_at`` of the job that failed."""
     key: str | None
+    _as_of: datetime | None = attrs.field(repr=False)
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When the attempt times out, on ``trio.current_time()``'s clock; infinite for a job fetched by hand. A cancel scope
     around the worker has it, from the moment on at which the worker first waits for something."""
@@ -313,6 +314,8 @@ class Claimed:
     headers: str | None
     provenance: str | None
     key: str | None
+    as_of: datetime | None = attrs.field(default=None, init=False)
+    """When its claim had been made, by the server's clock; the next one of the same attempt is later."""
     claimed_at: float = attrs.field(default=float("-inf"), init=False)
     """When its claim was answered, on ``trio.current_time()``'s clock."""
 
@@ -347,6 +350,8 @@ class Snoozed:
     job_id: int
     attempt: int
     delay: float
+    as_of: datetime | None = None
+    """See ``Claimed``."""
 
 
 @attrs.define(eq=False)
@@ -363,6 +368,8 @@ class Released:
 
     job_id: int
     attempt: int
+    as_of: datetime | None = None
+    """See ``Claimed``."""
 
 
 Outcome = Completed | Failed | Snoozed | Discarded | Released

@@ -304,6 +304,7 @@ def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = 
         {} if claimed.headers is None else read_json(claimed.headers),
         read_json(claimed.provenance),
         claimed.key,
+        claimed.as_of,
         handle,
     )
 

@@ -293,15 +293,15 @@ class Session:
             if reconnected:
                 # The server may have forgotten a claim that was not flushed, or be another one: those jobs run again.
                 for worker in self._workers:
-                    worker.lose(before - held)
+                    worker.lose(before - held.keys())
             # Held by us but unknown here at two looks, and no claim from before the first is under way any longer:
             # the answer to a claim was lost.
             now = trio.current_time()
             oldest_claim = min((worker.claiming_since for worker in self._workers), default=math.inf)
-            strays = {attempt: self._strays.get(attempt, now) for attempt in held - self._known()}
+            strays = {attempt: self._strays.get(attempt, now) for attempt in held.keys() - self._known()}
             for (job, attempt), seen in strays.items():
                 if seen < min(now, oldest_claim):
-                    self._settler.put(Released(job, attempt), "")
+                    self._settler.put(Released(job, attempt, held[job, attempt]), "")
             self._strays = strays
 
     def _known(self) -> set[tuple[int, int]]:

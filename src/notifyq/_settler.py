@@ -143,11 +143,13 @@ class Settler:
             )
         elif isinstance(first, Snoozed):
             delays = [outcome.delay for outcome in outcomes]
-            done = await self._store.snooze(connection, ids, delays, attempts, self._runtime)
+            as_of = [outcome.as_of for outcome in outcomes]
+            done = await self._store.snooze(connection, ids, delays, attempts, self._runtime, as_of)
         elif isinstance(first, Discarded):
             done = await self._store.discard(connection, ids, attempts, self._runtime)
         else:
-            done = await self._store.release(connection, ids, attempts, self._runtime)
+            as_of = [outcome.as_of for outcome in outcomes]
+            done = await self._store.release(connection, ids, attempts, self._runtime, as_of)
         return dict.fromkeys(done, "")
 
     def _report(self, entries: list[Entry], settled: dict[int, str]) -> None:

@@ -20,6 +20,7 @@ from ._store_serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from datetime import datetime
     from uuid import UUID
 
     from ._connection import TrioConnection
@@ -146,22 +147,29 @@ class Store(Claims, Serving):
         delays: Sequence[float],
         attempts: Sequence[int] | None,
         runtime: UUID | None,
+        as_of: Sequence[datetime | None] | None = None,
     ) -> list[int]:
         ids: list[int] = await self._calls.value(
             connection,
-            "select {s}.snooze($1::bigint[], $2::interval[], $3::int[], $4::uuid)",
+            "select {s}.snooze($1::bigint[], $2::interval[], $3::int[], $4::uuid, $5::timestamptz[])",
             jobs,
             intervals(delays),
             attempts,
             runtime,
+            as_of,
         )
         return ids
 
     async def release(
-        self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int], runtime: UUID
+        self,
+        connection: TrioConnection,
+        jobs: Sequence[int],
+        attempts: Sequence[int],
+        runtime: UUID,
+        as_of: Sequence[datetime | None] | None = None,
     ) -> list[int]:
-        statement: LiteralString = "select {s}.release($1::bigint[], $2::int[], $3::uuid)"
-        return list(await self._calls.value(connection, statement, jobs, attempts, runtime))
+        statement: LiteralString = "select {s}.release($1::bigint[], $2::int[], $3::uuid, $4::timestamptz[])"
+        return list(await self._calls.value(connection, statement, jobs, attempts, runtime, as_of))
 
     async def discard(
         self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int], runtime: UUID
@@ -259,8 +267,10 @@ class Store(Claims, Serving):
     async def stop(self, connection: TrioConnection, runtime: UUID) -> None:
         await self._calls.value(connection, "select {s}.stop($1::uuid)", runtime)
 
-    async def held(self, connection: TrioConnection, runtime: UUID) -> set[tuple[int, int]]:
-        return set(await self._calls.rows(connection, "select job, attempt from {s}.held($1::uuid)", runtime))
+    async def held(self, connection: TrioConnection, runtime: UUID) -> dict[tuple[int, int], datetime]:
+        """When each attempt that the runtime holds, as (job, attempt), was claimed."""
+        rows = await self._calls.rows(connection, "select job, attempt, claimed_at from {s}.held($1::uuid)", runtime)
+        return {(job, attempt): claimed_at for job, attempt, claimed_at in rows}
 
     async def deregister(self, connection: TrioConnection, runtime: UUID) -> list[int]:
         rows = await self._calls.rows(connection, "select job from {s}.deregister($1::uuid)", runtime)

@@ -24,9 +24,14 @@ _CLAIMED: LiteralString = (
     " c.data::text, c.headers::text, c.provenance::text, c.key"
 )
 _CLAIM_BY_HAND: LiteralString = _CLAIMED + " from {s}.claim($1, $2, null, make_interval(secs => $3)) c"
-_CLAIM_FROM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid, null, $4::smallint[], $5::bigint[]) c"
-# Of a claim from the beginning the last row says whether tickets are left; what is united is done in order.
-_LEFT: LiteralString = " union all select null, (%)::int, null, null, null, null, null, null, null, null, null"
+# The last row: whether tickets are left, of a claim from the beginning, and what time it is then. What is united is
+# done in order.
+_LEFT: LiteralString = (
+    " union all select null, (%)::int, null, null, null, null, clock_timestamp(), null, null, null, null"
+)
+_CLAIM_FROM: LiteralString = (
+    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, null, $4::smallint[], $5::bigint[]) c" + _LEFT.replace("%", "null")
+)
 _CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT.replace("%", "{s}.any_left($1)")
 _CLAIM_SOME: LiteralString = (
     _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int,"
@@ -73,12 +78,7 @@ class Claims:
         priorities = sorted(floors, reverse=True)
         numbers = [floors[priority] for priority in priorities]
         statement = _CLAIM_FROM if durably else _CLAIM_FROM_UNFLUSHED
-        return Haul(
-            [
-                Claimed(*row)
-                for row in await self._calls.rows(connection, statement, queue, how_many, runtime, priorities, numbers)
-            ]
-        )
+        return self.haul(await self._calls.rows(connection, statement, queue, how_many, runtime, priorities, numbers))
 
     async def run_claim(self, connection: TrioConnection, claim: Bound) -> Haul:
         """Make a claim that was bound."""
@@ -90,9 +90,12 @@ class Claims:
 
     @staticmethod
     def haul(rows: list[Any]) -> Haul:
-        """What the rows of a claim that was bound say."""
-        *claimed, (_, left, *_) = rows
-        return Haul([Claimed(*row) for row in claimed], None if left is None else bool(left))
+        """What the rows of a claim say."""
+        *claimed, (_, left, _, _, _, _, now, *_) = rows
+        jobs = [Claimed(*row) for row in claimed]
+        for job in jobs:
+            job.as_of = now
+        return Haul(jobs, None if left is None else bool(left))
 
     def bind_claim(
         self,

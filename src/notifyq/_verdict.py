@@ -79,11 +79,11 @@ def interrupted(job: Job[Any], reason: str | None) -> Outcome | None:
         case "cancel":
             return Discarded(job.id, job.attempt)
         case "unstarted":
-            return Released(job.id, job.attempt)
+            return Released(job.id, job.attempt, job._as_of)
         case "shutdown":
             # The last attempt is handed back unspent: stopping a process must not make dead letters.
             if job.attempt > job.retry_limit:
-                return Released(job.id, job.attempt)
+                return Released(job.id, job.attempt, job._as_of)
             return Failed(job.id, job.attempt, "shutdown", "its runtime stopped before it ended", retry_in=0)
         case _:
             return timed_out(job)
@@ -102,7 +102,7 @@ def data_invalid(job_id: int, attempt: int, error: InvalidData) -> Failed:
 def _failure(job: Job[Any], error: Exception) -> Outcome:
     try:
         if isinstance(error, Snooze):
-            return Snoozed(job.id, job.attempt, max(0.0, seconds(error.delay, "Snooze")))
+            return Snoozed(job.id, job.attempt, max(0.0, seconds(error.delay, "Snooze")), job._as_of)
         if isinstance(error, Discard):
             return Discarded(job.id, job.attempt)
         if isinstance(error, Retry):

@@ -154,7 +154,7 @@ class QueueWorker:
         return self.executor.running() | self.claimer.shelf.waiting()
 
     def _release(self, claimed: Claimed) -> None:
-        self._settler.put(Released(claimed.id, claimed.attempt), self.queue.name)
+        self._settler.put(Released(claimed.id, claimed.attempt, claimed.as_of), self.queue.name)
 
     # A claim that a crash of the server forgets is made again; without retries it must not run twice: claim durably.
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ import trio.lowlevel
 
 import notifyq
 from notifyq import Job, Queue, events
+from notifyq._store import Store
 
 APP = """
 import notifyq, trio
@@ -184,6 +186,36 @@ async def test_an_outcome_of_a_lost_attempt_is_refused(start, nq, connection):
     await seen.wait(events.LeaseLost)
     with trio.fail_after(5):
         assert await nq.result(sent) == 2
+
+
+async def test_a_snooze_whose_answer_was_lost_does_not_snooze_the_next_run(start, nq, monkeypatch):
+    queue = Queue("q", int, str, retry_limit=0)
+    runs = 0
+    runs_again, repeated = trio.Event(), trio.Event()
+    snooze = Store.snooze
+
+    @queue.worker
+    async def work(job: Job[int]) -> str:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            raise notifyq.Snooze(0)
+        runs_again.set()
+        await repeated.wait()
+        return f"attempt {job.attempt}, run {runs}"
+
+    async def loses_its_answer(*arguments: Any) -> list[int]:
+        answer = await snooze(*arguments)
+        if answer:
+            await runs_again.wait()
+            raise notifyq.ConnectionLost("its answer was lost")
+        repeated.set()
+        return answer
+
+    monkeypatch.setattr(Store, "snooze", loses_its_answer)
+    await start(queue)
+    with trio.fail_after(10):
+        assert await nq.result(await nq.send(queue, 1)) == "attempt 1, run 2"
 
 
 async def test_a_runtime_that_lost_its_lease_cancels_its_handlers_and_registers_anew(start, nq, connection):

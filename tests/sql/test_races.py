@@ -570,3 +570,19 @@ async def test_functions_are_replaced_under_a_transaction_that_has_sent_and_will
     assert await stands() == [("scheduled", 0), ("ready", 0)]
     triggers = "select tgrelid::regclass::text from pg_trigger where tgname = 'bell' order by 1"
     assert await ask(triggers) == [("notifyq.ready",), ("notifyq.scheduled",)]
+
+
+@pytest.mark.parametrize("call", ["release(%s::bigint[], ", "snooze(%s::bigint[], '{0}', "])
+async def test_what_gave_a_claim_back_does_not_end_the_next_one_of_the_same_attempt(ask, call):
+    await ask("select notifyq.create_queue('q')")
+    [(job,)] = await ask("select notifyq.send('q')")
+    await ask(f"select notifyq.register('{RUNTIME}', '{{q}}')")
+    gives_back = f"select notifyq.{call} %s::int[], %s, %s)"
+    await ask(CLAIM_AS_RUNTIME)
+    [(as_of,)] = await ask("select clock_timestamp()")
+    mine = ([job], [1], RUNTIME, [as_of])
+    assert await ask(gives_back, *mine) == [([job],)]
+    assert await ask(f"select id, attempt from notifyq.claim('q', 5, '{RUNTIME}')") == [(job, 1)]
+    assert await ask(gives_back, *mine) == [([],)]  # repeated, because its answer was lost
+    assert await ask("select attempt from notifyq.active") == [(1,)]
+    assert await ask(gives_back, [job], [1], RUNTIME, None) == [([job],)]  # whatever claim
