@@ -86,7 +86,7 @@ async def test_who_dies_is_not_free_any_more(connection, other, heard, stand_fre
     pid = other.info.backend_pid
     await connection.execute(b"select pg_terminate_backend(%s)", (pid,))
     with trio.fail_after(5):
-        while await (await connection.execute(b"select from pg_locks where pid = %s", (pid,))).fetchone():
+        while await (await connection.execute(b"select 1 from pg_locks where pid = %s", (pid,))).fetchone():
             pass
     await send(connection)
     assert await heard() == []
