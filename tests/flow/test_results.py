@@ -327,7 +327,7 @@ async def test_a_result_that_came_while_the_listener_was_down_is_found(nq, conne
             [pid] = await value(connection, LISTENERS)
             with psycopg.connect(dsn, autocommit=True) as blocking:  # at once: nothing else here gets a turn
                 blocking.execute("select pg_terminate_backend(%s)", (pid,))
-                while blocking.execute("select from pg_stat_activity where pid = %s", (pid,)).fetchone():
+                while blocking.execute("select 1 from pg_stat_activity where pid = %s", (pid,)).fetchone():
                     pass
                 [job, *_] = blocking.execute("select id from notifyq.claim('q')").fetchone()
                 blocking.execute("select notifyq.complete(%s::bigint, '10')", (job,))
