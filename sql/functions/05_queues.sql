@@ -14,7 +14,7 @@ $$;
 
 -- The queue's row. Raises NQ001 when there is none.
 create or replace function notifyq.queue_named(name text) returns notifyq.queue
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -132,7 +132,7 @@ $$;
 -- Makes a queue. Returns 'created', 'exists' (with these options), or 'differs: …', which
 -- names the options that stand otherwise and changes nothing: update_queue() does.
 create or replace function notifyq.create_queue(name text, options jsonb default '{}') returns text
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -209,7 +209,7 @@ $$;
 -- Changes the options named; sends from then on inherit them. Limits hold at once for what starts
 -- from now on; the policy can be changed while no job waits or is active (NQ003).
 create or replace function notifyq.update_queue(name text, options jsonb) returns void
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -344,7 +344,7 @@ $$;
 -- another queue names it as dead letter. Waits up to a second for transactions that have sent to
 -- any queue and are still open (they have read the queue's row), then fails with 55P03.
 create or replace function notifyq.delete_queue(name text) returns bigint
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '1s'
 as $$

@@ -45,7 +45,7 @@ $$;
 -- the next ticket is due, and what the time is, both in seconds of the epoch.
 create or replace function notifyq.stand_free(queues int[], held boolean[])
 returns table (queue int, stands boolean, passed boolean, ready boolean, due float8, clock float8)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off

@@ -90,7 +90,7 @@ returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
     sent_at timestamptz, data jsonb, headers jsonb, provenance jsonb, key text
 )
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set jit = off
@@ -297,7 +297,7 @@ $$;
 -- those, and may let go of them without a word (their claim is undone, say), so it is to be tried again. Null for queues
 -- that are paused or have a gate: nobody takes their tickets side by side, and some may not start.
 create or replace function notifyq.any_left(queue text, min_priority int default null, max_priority int default null) returns boolean
-language sql volatile
+language sql volatile security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -324,7 +324,7 @@ $$;
 -- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null, also
 -- when it is paused: nothing is to be done then.
 create or replace function notifyq.next_due(queue int) returns timestamptz
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select least(

@@ -14,7 +14,7 @@ create or replace function notifyq.complete(
     attempts int[] default null,
     runtime uuid default null
 ) returns bigint[]
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set jit = off

@@ -32,7 +32,7 @@ create or replace function notifyq.fail(
     final boolean[] default null,
     retry_in interval[] default null
 ) returns table (id bigint, state text)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
@@ -130,7 +130,7 @@ $$;
 create or replace function notifyq.snooze(
     jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
 ) returns bigint[]
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
@@ -182,7 +182,7 @@ $$;
 create or replace function notifyq.release(
     jobs bigint[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
 ) returns bigint[]
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
@@ -222,7 +222,7 @@ $$;
 -- Ends active jobs as cancelled: their worker discarded them, or confirms a cancel request.
 -- Returns the ids affected. Locks: active tickets by id, then jobs.
 create or replace function notifyq.discard(jobs bigint[], attempts int[] default null, runtime uuid default null) returns bigint[]
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare

@@ -288,7 +288,7 @@ $$;
 
 -- The parents of a job: how each stands, and its output while it is kept.
 create or replace function notifyq.parents(job bigint) returns table (id bigint, name text, queue text, state text, output jsonb)
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select d.parent, coalesce(f.name, d.parent::text), q.name, coalesce(a.state, d.state, 'waiting'), a.output
@@ -303,7 +303,7 @@ $$;
 
 -- The jobs of the flow that a job belongs to, in the order of their ids, with the ids they come after.
 create or replace function notifyq.flow(job bigint) returns table (id bigint, name text, queue text, state text, after bigint[])
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

@@ -5,7 +5,7 @@
 -- runs it is a request: a NOTIFY on the control channel now, and again with every beat, until
 -- the runtime has cancelled the handler. Locks: tickets, active tickets by id, then jobs.
 create or replace function notifyq.cancel(jobs bigint[]) returns bigint[]
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
@@ -108,7 +108,7 @@ $$;
 -- Gives failed jobs one more attempt, at once, unless another job has their exclusive key. Locks:
 -- archived rows.
 create or replace function notifyq.retry(jobs bigint[]) returns bigint[]
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select notifyq.revive(retry.jobs, 'failed')
@@ -116,7 +116,7 @@ $$;
 
 -- Puts cancelled jobs back in line. Locks: archived rows.
 create or replace function notifyq.resume(jobs bigint[]) returns bigint[]
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select notifyq.revive(resume.jobs, 'cancelled')
@@ -183,7 +183,7 @@ $$;
 
 -- Deletes jobs in any state.
 create or replace function notifyq.delete(jobs bigint[]) returns bigint[]
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select notifyq.delete_in('{scheduled,blocked,ready,active,completed,failed,cancelled}', "delete".jobs)
@@ -220,7 +220,7 @@ $$;
 -- Deletes a queue's jobs in one state, or in 'waiting' (scheduled, blocked and ready) or 'finished'
 -- (completed, failed and cancelled) ones; null: all. Returns how many went.
 create or replace function notifyq.delete_all(queue text, state text default null) returns bigint
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -297,7 +297,7 @@ create or replace function notifyq.redrive(
     how_many int default null,
     preview boolean default false
 ) returns table (id bigint, queue text, new_id bigint)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

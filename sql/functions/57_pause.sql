@@ -13,7 +13,7 @@ $$;
 -- and what a runtime has claimed and not started it hands back. False: it was paused already.
 -- Locks: the queue's row, which neither sends nor claims wait for.
 create or replace function notifyq.pause(queue text) returns boolean
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -30,7 +30,7 @@ $$;
 
 -- Lets the jobs of a paused queue start again, at once. False: it was not paused. Locks: the queue's row.
 create or replace function notifyq.resume_queue(queue text) returns boolean
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -51,7 +51,7 @@ $$;
 -- characters, or none. A pattern leaves out the dead-letter queues of others, whose jobs would run again
 -- as soon as they have failed for good: those are served by their names.
 create or replace function notifyq.served(names text[]) returns setof notifyq.queue
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin

@@ -47,7 +47,7 @@ create or replace function notifyq.update_job(
     delay interval default null,
     due_at timestamptz default null
 ) returns bigint
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -210,7 +210,7 @@ create or replace function notifyq.upsert(
     out id bigint,
     out created boolean
 )
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin

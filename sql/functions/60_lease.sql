@@ -10,7 +10,7 @@ create or replace function notifyq.register(
     hostname text default '',
     version text default ''
 ) returns void
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     insert into notifyq.runtime (id, queues, lease, lease_until, pid, hostname, version)
@@ -48,7 +48,7 @@ create or replace function notifyq.beat(
     out fleet int,
     out place int
 )
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
@@ -100,7 +100,7 @@ $$;
 
 -- Says that a runtime claims no more: it is finishing what it runs.
 create or replace function notifyq.stop(runtime uuid) returns void
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     update notifyq.runtime r set stopping = true where r.id = stop.runtime
@@ -108,7 +108,7 @@ $$;
 
 -- The jobs a runtime still holds: after a reconnect it cancels the handlers of all others.
 create or replace function notifyq.held(runtime uuid) returns table (job bigint, attempt int, claimed_at timestamptz)
-language sql stable
+language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select a.job, a.attempt, a.claimed_at
@@ -118,7 +118,7 @@ $$;
 
 -- Gives an active job this much time from now; true if it was active.
 create or replace function notifyq.touch(job bigint, extend interval, attempt int default null, runtime uuid default null) returns boolean
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     with touched as (
@@ -134,7 +134,7 @@ $$;
 
 -- Stores the progress of an active job, visible while it runs; true if it was active.
 create or replace function notifyq.progress(job bigint, progress jsonb, attempt int default null, runtime uuid default null) returns boolean
-language sql
+language sql security definer
 set search_path = pg_catalog, pg_temp
 as $$
     with reported as (
@@ -194,7 +194,7 @@ $$;
 
 -- Ends a runtime's registration; what it still holds is recovered.
 create or replace function notifyq.deregister(runtime uuid) returns table (job bigint, state text)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -217,7 +217,7 @@ $$;
 --
 -- Locks: runtimes' rows, stepping over those in use (a claim under way), then tickets.
 create or replace function notifyq.rescue() returns table (job bigint, state text)
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column

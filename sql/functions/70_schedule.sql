@@ -262,7 +262,7 @@ create or replace function notifyq.schedule(
     headers jsonb default null,
     missed text default 'once'
 ) returns text
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -275,7 +275,7 @@ $$;
 
 -- Removes a schedule; true if there was one. What it has sent stays. Raises NQ001.
 create or replace function notifyq.unschedule(queue text, name text default 'default') returns boolean
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -295,7 +295,7 @@ $$;
 -- text): makes, changes, and removes those declared before and not any more. One made by schedule() stays,
 -- unless one of its name is declared. One session at a time per queue. Locks: the queue's row, then its schedules'.
 create or replace function notifyq.declare_schedules(queue text, schedules jsonb) returns void
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -357,7 +357,7 @@ returns table (
     next_at bigint,
     clock float8
 )
-language sql volatile
+language sql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
     select s.number, q.name, s.name, s.cron, extract(epoch from s.every)::float8, s.timezone, s.missed,
@@ -388,7 +388,7 @@ create or replace function notifyq.fire(
     out next_at bigint,
     out clock float8
 )
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -445,7 +445,7 @@ $$;
 -- Keeps why a runtime cannot fire a schedule, for people to read; true if that is new. Another runtime that can
 -- (it knows the time zone, say) fires it nevertheless, which takes the error away.
 create or replace function notifyq.keep_schedule_error(schedule bigint, error text) returns boolean
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin

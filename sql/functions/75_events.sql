@@ -16,7 +16,7 @@ $$;
 -- Lets a queue get a job for each publish of an event from now on; true if it did not already.
 -- Raises NQ001 and NQ003.
 create or replace function notifyq.subscribe(event text, queue text) returns boolean
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
@@ -31,7 +31,7 @@ $$;
 
 -- Ends that; true if there was such a subscription. Raises NQ001 and NQ003.
 create or replace function notifyq.unsubscribe(event text, queue text) returns boolean
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin

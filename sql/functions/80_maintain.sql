@@ -4,7 +4,7 @@
 -- Fails jobs whose time is over before their first attempt has started, as 'expired'; returns how
 -- many. claim() does the same for those it meets. Locks: tickets, jobs.
 create or replace function notifyq.expire(how_many int default 1000) returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
@@ -42,7 +42,7 @@ $$;
 -- Deletes finished rows that no leaf takes with it, in one small batch; returns how many. Also what is
 -- remembered of slots and rates that have passed.
 create or replace function notifyq.purge(how_many int default 1000) returns int
-language plpgsql
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare

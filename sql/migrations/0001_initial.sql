@@ -12,6 +12,13 @@ create table notifyq.installed (
 );
 comment on table notifyq.installed is 'Every sql/ file that made this schema, with the SHA-256 of its text and the notifyq version that brought it.';
 
+-- Which roles are producers, workers and operators. By name: a copy of the database may be restored where they do not exist.
+create table notifyq.granted (
+    role text not null,
+    kind text not null check (kind in ('producer', 'worker', 'operator')),
+    primary key (role, kind)
+);
+
 create table notifyq.queue (
     number int generated always as identity primary key,
     name text not null unique check (name ~ '^[A-Za-z0-9_./-]{1,100}$'),

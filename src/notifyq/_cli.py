@@ -135,20 +135,32 @@ def load_runtime(app: str) -> Runtime:
 
 @cli.command()
 @click.option("--plan", is_flag=True, help="Print the SQL instead of running it.")
+@click.option("--roles", is_flag=True, help="Also make the roles SCHEMA_producer, SCHEMA_worker and SCHEMA_operator.")
+@click.option("--producer-role", metavar="NAME", help="Make this role one that sends and publishes.")
+@click.option("--worker-role", metavar="NAME", help="Make this role one that runtimes run as.")
+@click.option("--operator-role", metavar="NAME", help="Make this role one that the other commands run as.")
 @click.pass_obj
-def migrate(target: Target, plan: bool) -> None:
-    """Install or upgrade the schema."""
+def migrate(target: Target, /, plan: bool, roles: bool, **named: str | None) -> None:
+    """Install or upgrade the schema, and say which roles may do what with it; these get their rights anew with each upgrade.
+
+    A role that does not exist is created, without LOGIN.
+    """
+    granted = {kind: f"{target.schema}_{kind}" for kind in _schema.KINDS} if roles else {}
+    granted |= {kind: name for kind in _schema.KINDS if (name := named[f"{kind}_role"]) is not None}
 
     async def main() -> str:
         with translated():
             connection = await open_connection(resolve_dsn(target.dsn))
         try:
             if plan:
-                return await _schema.printed_plan(connection, target.schema) or "-- nothing to do"
+                return await _schema.printed_plan(connection, target.schema, granted) or "-- nothing to do"
             done = await _schema.apply(connection, target.schema)
-            return f"schema {target.schema}: {len(done)} files applied" if done else "nothing to do"
+            await _schema.grant_roles(connection, target.schema, granted)
         finally:
             await connection.close()
+        lines = [f"schema {target.schema}: {len(done)} files applied"] if done else []
+        lines += [f"{kind}: {role}" for kind, role in granted.items()]
+        return "\n".join(lines or ["nothing to do"])
 
     print(trio.run(main))
 

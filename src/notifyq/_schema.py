@@ -16,18 +16,21 @@ import attrs
 import psycopg
 from psycopg import sql
 
-from ._errors import InvalidOption, SchemaMismatch
+from ._errors import InvalidOption, MissingPrivilege, SchemaMismatch
 from ._sql import translated
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from importlib.resources.abc import Traversable
 
     from ._connection import TrioConnection
 
-__all__ = ["SqlFile", "apply", "check", "load", "plan", "printed_plan", "renamed", "uninstall"]
+__all__ = ["KINDS", "SqlFile", "apply", "check", "grant_roles", "load", "plan", "printed_plan", "renamed", "uninstall"]
 
 VERSION = version("notifyq")
+
+KINDS = ("producer", "worker", "operator")
+"""Of roles: see ``sql/functions/99_rights.sql``."""
 
 
 @attrs.frozen
@@ -102,24 +105,63 @@ def plan(installed: Installed | None, available: Sequence[SqlFile]) -> list[SqlF
 async def apply(connection: TrioConnection, schema: str) -> list[str]:
     """Install or upgrade, and return the names of the files that ran. Safe to call from many processes at once.
 
-    Raises ``SchemaMismatch`` (newer schema) and ``MissingPrivilege``. All or nothing; cancelled: nothing.
+    What belongs to a role that this one is a member of goes on belonging to it. Raises ``SchemaMismatch`` (newer schema)
+    and ``MissingPrivilege``. All or nothing; cancelled: nothing.
     """
     available = load(schema)
     with translated():
         if not plan(await _installed(connection, schema), available):
             return []
-        async with connection.transaction():
-            await connection.execute("set local lock_timeout = 0")
-            await connection.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"notifyq {schema}",))
-            pending = plan(await _installed(connection, schema), available)
-            if pending:
-                if not await _schema_exists(connection, schema):
-                    await connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
-                for file in pending:
-                    await connection.execute(file.text.encode())
-                for file in pending:
-                    await connection.execute(_record(schema), (file.name, file.hash, VERSION))
+    try:
+        with translated():
+            async with connection.transaction():
+                pending = await _apply(connection, schema, available)
+    except MissingPrivilege as error:
+        raise MissingPrivilege(
+            f"schema {schema!r} is to be installed or upgraded, and this role may not: {error}."
+            " Run `notifyq migrate` as a role that may create a schema here, or that owns this one"
+        ) from error.__cause__
     return [file.name for file in pending]
+
+
+async def _apply(connection: TrioConnection, schema: str, available: Sequence[SqlFile]) -> list[SqlFile]:
+    await connection.execute("set local lock_timeout = 0")
+    await connection.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"notifyq {schema}",))
+    pending = plan(await _installed(connection, schema), available)
+    if pending:
+        if (owner := await _other_owner(connection, schema)) is not None:
+            await connection.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
+        if not await _schema_exists(connection, schema):
+            await connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
+        for file in pending:
+            await connection.execute(file.text.encode())
+        for file in pending:
+            await connection.execute(_record(schema), (file.name, file.hash, VERSION))
+    return pending
+
+
+async def grant_roles(connection: TrioConnection, schema: str, roles: Mapping[str, str]) -> None:
+    """Make roles, given by kind, what their kind is, from now on; one that does not exist is created. All or none.
+
+    Raises ``MissingPrivilege``, whose message says what somebody else has to do first, and ``InvalidOption``.
+    """
+    if not roles:
+        return
+    with translated():
+        async with connection.transaction():
+            if (owner := await _other_owner(connection, schema)) is not None:
+                await _create_missing(connection, roles.values())
+                await connection.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
+            for kind, role in roles.items():
+                await connection.execute(_grant(schema), (kind, role))
+
+
+async def _create_missing(connection: TrioConnection, roles: Iterable[str]) -> None:
+    """As who is connected: the schema's owner may not be allowed to."""
+    for role in roles:
+        cursor = await connection.execute("select 1 from pg_roles where rolname = %s", (role,))
+        if await cursor.fetchone() is None:
+            await connection.execute(sql.SQL("create role {} nologin").format(sql.Identifier(role)))
 
 
 async def check(connection: TrioConnection, schema: str) -> None:
@@ -134,19 +176,21 @@ async def check(connection: TrioConnection, schema: str) -> None:
         )
 
 
-async def printed_plan(connection: TrioConnection, schema: str) -> str:
-    """The SQL that ``apply`` would run, for a DBA to read and run; empty if there is nothing to do."""
+async def printed_plan(connection: TrioConnection, schema: str, roles: Mapping[str, str]) -> str:
+    """The SQL that ``apply`` and ``grant_roles`` would run, for a DBA to read and run; empty if there is nothing to do."""
     installed = await _installed(connection, schema)
     pending = plan(installed, load(schema))
-    if not pending:
+    if not pending and not roles:
         return ""
     parts = ["begin;"]
+    if (owner := await _other_owner(connection, schema)) is not None:
+        parts.append(sql.SQL("set local role {};").format(sql.Identifier(owner)).as_string(None))
     if installed is None and not await _schema_exists(connection, schema):
         parts.append(sql.SQL("create schema {};").format(sql.Identifier(schema)).as_string(None))
     parts.extend(f"-- {file.name}\n{file.text}" for file in pending)
-    for file in pending:
-        record = psycopg.ClientCursor(connection.opened).mogrify(_record(schema), (file.name, file.hash, VERSION))
-        parts.append(f"{record};")
+    cursor = psycopg.ClientCursor(connection.opened)
+    parts.extend(f"{cursor.mogrify(_record(schema), (file.name, file.hash, VERSION))};" for file in pending)
+    parts.extend(f"{cursor.mogrify(_grant(schema), granted)};" for granted in roles.items())
     parts.append("commit;")
     return "\n\n".join(parts)
 
@@ -162,6 +206,22 @@ async def uninstall(connection: TrioConnection, schema: str) -> None:
 async def _schema_exists(connection: TrioConnection, schema: str) -> bool:
     cursor = await connection.execute("select 1 from pg_namespace where nspname = %s", (schema,))
     return await cursor.fetchone() is not None
+
+
+async def _other_owner(connection: TrioConnection, schema: str) -> str | None:
+    """Who owns the installation, if that is another role than this one, which is a member of it or a superuser.
+
+    What a superuser added to it as himself would run with a superuser's rights.
+    """
+    cursor = await connection.execute(
+        "select pg_get_userbyid(c.relowner) from pg_class c join pg_namespace n on n.oid = c.relnamespace"
+        " where n.nspname = %s and c.relname = 'installed'"
+        " and c.relowner <> (select r.oid from pg_roles r where r.rolname = current_user)"
+        " and pg_has_role(c.relowner, 'member')",
+        (schema,),
+    )
+    row = await cursor.fetchone()
+    return None if row is None else str(row[0])
 
 
 async def _installed(connection: TrioConnection, schema: str) -> Installed | None:
@@ -185,6 +245,10 @@ def _record(schema: str) -> sql.Composed:
         "insert into {} (file, hash, version) values (%s, %s, %s)"
         " on conflict (file) do update set (hash, version, installed_at) = (excluded.hash, excluded.version, now())"
     ).format(sql.Identifier(schema, "installed"))
+
+
+def _grant(schema: str) -> sql.Composed:
+    return sql.SQL("select {}(%s, %s)").format(sql.Identifier(schema, "grant_role"))
 
 
 def _parsed(text: str) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ async def test_a_role_with_usage_alone_may_call_no_other_function_and_read_no_ta
         " and has_table_privilege(%s, c.oid, 'select, insert, update, delete')",
         producer,
     )
-    assert readable == []
+    assert readable == [("installed",)]  # which version there is
 
 
 @pytest.mark.parametrize("bell", ["ring_ready", "ring_scheduled"])
