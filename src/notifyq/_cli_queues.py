@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import click
 
-from ._cli import as_json, cli, show
+from ._cli import as_json, cli, load_runtime, show
 from ._client import Client
 from ._queue import Queue
 
@@ -24,6 +25,22 @@ def queues(context: click.Context, as_json: bool) -> None:
     """Counts of every queue; or change one."""
     if context.invoked_subcommand is None:
         show(context.obj.ask(Client.queue_stats), as_json, "queues")
+
+
+@queues.command()
+@click.argument("app", metavar="MODULE:RUNTIME")
+@as_json
+@click.pass_obj
+def declare(target: Target, app: str, as_json: bool) -> None:
+    """Make the queues and schedules that a runtime declares, so that it may run as a role that cannot.
+
+    The database is the one of --dsn, else DATABASE_URL's, whatever the runtime's is. A queue that stands with other
+    options stays as it is: queues set changes it.
+    """
+    runtime = load_runtime(app)
+    target = attrs.evolve(target, given_schema=target.given_schema or runtime.schema)
+    done = target.ask(lambda nq: nq.declare(runtime.queues))
+    show([{"queue": queue, "done": what} for queue, what in done.items()], as_json, "queues")
 
 
 @queues.command()

@@ -7,13 +7,14 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, get_args
 
 from ._codec import to_json
+from ._declare import declare
 from ._errors import ClientClosed, InvalidOption
 from ._models import FlowJob, In, JobRecord, Out, Parent, Sent, State
 from ._queue import Queue
 from ._sql import KEY_MAX, flag, plain_options, text, whole
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
     from datetime import datetime, timedelta
 
     from ._connection import TrioConnection
@@ -76,6 +77,20 @@ class Operator:
             for needed in declared(queue).with_dead_letters():
                 done = await self._store.create_queue(connection, needed.name, to_json(needed.options))
         return done
+
+    async def declare(self, queues: Iterable[ANY]) -> dict[str, str]:
+        """Make what a runtime makes when it starts: these queues and their dead-letter queues, and their schedules.
+
+        For an operator's role, so that runtimes need no right to do it. All or nothing.
+
+        Returns, by queue, ``created``, ``exists``, or ``differs: …``, which changes nothing (``update_queue`` does).
+
+        Raises ``InvalidOption``, ``InvalidData``, ``UnknownQueue`` (a dead-letter queue given by name) and
+        ``MissingPrivilege``.
+        """
+        given = [queue if isinstance(queue, Queue) else declared(queue) for queue in queues]
+        async with self.transaction() as connection:
+            return await declare(connection, self._store, given)
 
     async def update_queue(self, queue: ANY) -> None:
         """Give the queue in the database the options declared here; jobs sent from then on inherit them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import socket
@@ -18,6 +17,7 @@ from ._beat import Heart
 from ._bell import Bell
 from ._client import Client
 from ._codec import to_json
+from ._declare import declare_at_start
 from ._errors import ConnectionLost, LeaseLost, NotifyqError
 from ._lock import QuickLock
 from ._maintenance import Maintenance
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from .events import Events
 
 __all__ = ["Session", "Settings"]
-
-log = logging.getLogger("notifyq")
 
 FLUSH_SECONDS = 10.0
 """Seconds the last outcomes and the goodbye get when the server is slow or away; after that, others rescue."""
@@ -135,15 +133,9 @@ class Session:
 
     async def begin(self, *, declare: bool) -> None:
         """Create the queues if need be, learn their numbers, register."""
-        declared = [queue for queue in self._settings.queues if declare and not queue.is_pattern]
         async with self._pool.connection() as connection:
-            for queue in dict.fromkeys(needed for one in declared for needed in one.with_dead_letters()):
-                done = await self._store.create_queue(connection, queue.name, to_json(queue.options))
-                if done.startswith("differs"):
-                    log.warning("queue %s: in the database %s (update_queue changes it)", queue.name, done)
-            for queue in dict.fromkeys(declared):
-                schedules = [(schedule, queue.encode(schedule.data)) for schedule in queue.schedules]
-                await self._store.schedules.declare(connection, queue.name, schedules)
+            if declare:
+                await declare_at_start(connection, self._store, self._settings.queues)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
             self._listener.on_connected(self._look_what_is_held)
             self._listener.on_connected(self._scheduler.look_again)
