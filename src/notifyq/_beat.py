@@ -14,6 +14,7 @@ import trio
 
 from ._bell import Bell
 from ._errors import NotifyqError
+from ._sql import reason
 from .events import LeaseGivenUp, ServerTrouble
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Heart:
                 await self._register()
         except (NotifyqError, psycopg.Error) as error:
             if not self._failing:
-                self._events.emit(ServerTrouble("beat", str(error)))
+                self._events.emit(ServerTrouble("beat", reason(error)))
             self._failing = True
             return False
         self._failing = False

@@ -21,6 +21,7 @@ from ._due import DueTime
 from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
 from ._fleet import Fleet
 from ._shelf import Shelf
+from ._sql import reason
 from ._watch import Watch
 from .events import JobClaimed, ServerTrouble
 
@@ -223,7 +224,7 @@ class Claimer:
                 if isinstance(error, UnknownQueue):
                     self._gone()
                 elif failures == 0 and not isinstance(error, NoLease):
-                    self._events.emit(ServerTrouble("claim", f"queue {self.queue}: {error}"))
+                    self._events.emit(ServerTrouble("claim", f"queue {self.queue}: {reason(error)}"))
                 failures += 1
                 await trio.sleep(reconnect_delay(failures, self._random))
                 self.look_again()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import trio
@@ -20,7 +21,7 @@ from ._store import Store
 from .events import Events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from datetime import timedelta
 
 __all__ = ["connect", "prepare", "resolve_dsn", "resolve_listen_dsn"]
@@ -37,15 +38,13 @@ def resolve_dsn(dsn: str | None) -> str:
     if not found:
         raise InvalidOption("no database: give dsn=..., or set DATABASE_URL=postgresql://user@host:5432/database")
     try:
-        parts = psycopg.conninfo.conninfo_to_dict(found)
-        # An unescaped @ in a password puts the rest of it into the host, which errors then quote.
-        fits = "@" not in str(parts.get("host", ""))
+        fits = _is_whole(found, psycopg.conninfo.conninfo_to_dict(found))
     except (psycopg.ProgrammingError, UnicodeEncodeError):
         fits = False  # libpq's own words quote parts of it, passwords too
     if not fits:
         raise InvalidOption(
-            "the DSN is not one: use postgresql://user:password@host:5432/database (with %40 for an @ in a password),"
-            " or key=value pairs"
+            "the DSN is not one: use postgresql://user:password@host:5432/database (with %40 for an @ in a password,"
+            " and %2F for a /), or key=value pairs"
         )
     return found
 
@@ -58,6 +57,15 @@ def resolve_listen_dsn(listen_dsn: str | None, dsn: str) -> str:
         return resolve_dsn(listen_dsn)
     except InvalidOption as error:
         raise InvalidOption(f"listen_dsn: {error}") from None
+
+
+def _is_whole(dsn: str, parts: Mapping[str, Any]) -> bool:
+    """Whether a password ends where it should. An @ or a / in it that is not escaped puts the rest of it, or its
+    beginning, into what errors quote: the host, the port, the database.
+    """
+    ports = str(parts.get("port", "")).split(",")
+    path = re.sub(r"^postgres(ql)?://[^/?]*|\?.*", "", dsn) if "://" in dsn else ""
+    return "@" not in f"{parts.get('host', '')}{path}" and all(not port or port.isdecimal() for port in ports)
 
 
 async def prepare(dsn: str, schema: str, *, migrate: bool, patience: float) -> None:

@@ -22,7 +22,7 @@ import trio
 from ._backoff import reconnect_delay
 from ._errors import ConnectionLost, NotifyqError
 from ._opening import open_connection
-from ._sql import as_ours, translated
+from ._sql import as_ours, reason, translated
 from .events import ListenerDown, ListenerUp
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Listener:
             except (psycopg.Error, NotifyqError, trio.TooSlowError) as error:
                 if self.up or failures == 0:
                     slow = isinstance(error, trio.TooSlowError)
-                    self._events.emit(ListenerDown(f"no answer within {CALL_TIMEOUT:g} s" if slow else str(error)))
+                    self._events.emit(ListenerDown(f"no answer within {CALL_TIMEOUT:g} s" if slow else reason(error)))
                 if self.up:
                     for callback in self._disconnected:
                         callback()
@@ -291,7 +291,7 @@ class Listener:
             with trio.fail_after(CALL_TIMEOUT):
                 call.result = await call.function(connection)
         except (ConnectionLost, psycopg.OperationalError, trio.TooSlowError) as error:
-            call.error = ConnectionLost(f"the listening connection broke: {error}")
+            call.error = ConnectionLost(f"the listening connection broke: {reason(error)}")
             raise
         except Exception as error:  # the caller's mistake, not the connection's
             call.error = error

@@ -1,4 +1,7 @@
-"""Logs a runtime's events to the logger ``notifyq``. Data and outputs are never logged."""
+"""Logs a runtime's events to the logger ``notifyq``.
+
+Data and outputs are never logged; what a handler's exception says may hold some, and is logged at DEBUG only.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,8 @@ def subscribe(bus: Events) -> None:
 
 def _log(event: Event) -> None:
     log.log(_LEVELS[type(event)], "%s", _text(event))
+    if isinstance(event, events.JobFailed):
+        log.debug("%s job %d attempt %d: %s: %s", event.queue, event.job_id, event.attempt, event.type, event.message)
 
 
 def _text(event: Event) -> str:
@@ -55,8 +60,8 @@ def _text(event: Event) -> str:
             return "listening"
         case events.ListenerDown(reason):
             return f"not listening, polling until it is back: {reason}"
-        case events.JobFailed(queue, job_id, attempt, type_, message, state):
-            return f"{queue} job {job_id} attempt {attempt} failed, now {state}: {type_}: {message}"
+        case events.JobFailed(queue, job_id, attempt, type_, _, state):
+            return f"{queue} job {job_id} attempt {attempt} failed, now {state}: {type_}"
         case events.JobsRescued(job_ids):
             return f"rescued {len(job_ids)} jobs of a runtime that died: {', '.join(map(str, job_ids[:20]))}"
         case events.LeaseLost(queue, job_id, attempt):

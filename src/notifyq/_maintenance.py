@@ -13,6 +13,7 @@ import psycopg
 import trio
 
 from ._errors import NotifyqError
+from ._sql import reason
 from .events import JobsRescued, ServerTrouble
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Maintenance:
                 if trio.current_time() >= self._rescue_at:
                     await self._rescue()
             except (NotifyqError, psycopg.Error) as error:
-                self._events.emit(ServerTrouble("maintenance", str(error)))
+                self._events.emit(ServerTrouble("maintenance", reason(error)))
             with trio.CancelScope(deadline=min(next_round, self._rescue_at)) as self._sleep:
                 await trio.sleep_forever()
 

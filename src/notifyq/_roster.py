@@ -16,6 +16,7 @@ import trio
 from ._backoff import reconnect_delay
 from ._bell import Bell
 from ._errors import ConnectionLost, NotifyqError
+from ._sql import reason
 from .events import ServerTrouble
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Roster:
                     failures = 0
                 except (NotifyqError, psycopg.Error) as error:
                     if failures == 0:
-                        self._events.emit(ServerTrouble("queues", str(error)))
+                        self._events.emit(ServerTrouble("queues", reason(error)))
                     failures += 1
                     self._bell.ring()
                     await trio.sleep(reconnect_delay(failures, self._random))

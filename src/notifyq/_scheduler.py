@@ -20,6 +20,7 @@ from ._bell import Bell
 from ._connection import ANSWER_TIMEOUT, answered_within
 from ._cron import Rule, Step, decide, read_rule
 from ._errors import ConnectionLost, InvalidOption, NotifyqError
+from ._sql import reason
 from ._store_schedules import moment
 from .events import ScheduleBroken, ScheduleFired, ScheduleMissed, ServerTrouble
 
@@ -124,7 +125,7 @@ class Scheduler:
                 failures = 0
             except (NotifyqError, psycopg.Error) as error:
                 if failures == 0:
-                    self._events.emit(ServerTrouble("schedules", str(error)))
+                    self._events.emit(ServerTrouble("schedules", reason(error)))
                 failures += 1
                 self._look_at = -math.inf
             if not started:
@@ -234,7 +235,7 @@ class Scheduler:
     def _trouble(self, known: Known, error: Exception) -> None:
         """Say once for a row of failures that the server could not fire one, and let the others go on meanwhile."""
         if not known.tries:
-            self._events.emit(ServerTrouble("schedules", f"{known.name} of queue {known.queue}: {error}"))
+            self._events.emit(ServerTrouble("schedules", f"{known.name} of queue {known.queue}: {reason(error)}"))
         known.tries += 1
         known.not_before = trio.current_time() + PATIENCE
 

@@ -18,6 +18,7 @@ from ._batcher import Batcher
 from ._connection import ANSWER_TIMEOUT, answered_within
 from ._errors import NotifyqError
 from ._models import Completed, Discarded, Failed, Released, Snoozed
+from ._sql import reason
 from .events import JobCancelled, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Settler:
                     return
             except (NotifyqError, psycopg.Error) as error:
                 if failures == 0:
-                    self._events.emit(ServerTrouble("settle", str(error)))
+                    self._events.emit(ServerTrouble("settle", reason(error)))
                 failures += 1
                 await trio.sleep(reconnect_delay(failures, self._random))
 

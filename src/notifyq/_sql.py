@@ -38,6 +38,7 @@ __all__ = [
     "many_entry",
     "plain_options",
     "raise_as_ours",
+    "reason",
     "seconds",
     "send_call",
     "send_parameters",
@@ -306,6 +307,11 @@ def as_ours(error: psycopg.Error) -> NotifyqError | None:
     if (error.sqlstate or "")[:2] in _PASSING:
         return ServerTrouble(f"the server could not do it now: {_first_line(error)}")
     return None
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, fit for a log: the server's details and contexts, which may hold rows, are left out."""
+    return _first_line(error) if isinstance(error, psycopg.Error) and error.sqlstate else str(error)
 
 
 def is_connection_loss(error: psycopg.Error) -> bool:

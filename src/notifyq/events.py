@@ -21,6 +21,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import TYPE_CHECKING
 
 import attrs
@@ -200,5 +201,8 @@ class Events:
             if isinstance(event, kinds):
                 try:
                     subscriber(event)
-                except Exception:
-                    log.exception("a subscriber failed on %r", event)
+                except Exception as error:
+                    # Without its words: they may hold what the event does, and so what is in a job.
+                    where = "".join(traceback.format_tb(error.__traceback__))
+                    log.error("a subscriber failed on %s: %s\n%s", type(event).__name__, type(error).__name__, where)
+                    log.debug("%r: %s", event, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -73,9 +74,10 @@ class ProcessEnded(RuntimeError):
 class Role:
     """A process of the benchmark."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, role: str, dsn: str, *numbers: object) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-m", "notifyq.bench._roles", *map(str, arguments)],
+            [sys.executable, "-m", "notifyq.bench._roles", role, *map(str, numbers)],
+            env={**os.environ, "DATABASE_URL": dsn},  # others can read a command line
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

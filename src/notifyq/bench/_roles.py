@@ -10,6 +10,7 @@ import time
 import trio
 
 from notifyq import Job, Queue, Runtime, connect
+from notifyq._connect import resolve_dsn
 
 from . import _bare, _steady, _waiting
 from ._parts import GAP
@@ -89,8 +90,9 @@ async def slow(dsn: str, concurrency: int) -> None:
     await serve(Runtime(queues, dsn=dsn, migrate=False))
 
 
-def main(role: str, dsn: str, *numbers: str) -> None:
+def main(role: str, *numbers: str) -> None:
     """Run one role. Ctrl-C is for the parent: it then closes stdin."""
+    dsn = resolve_dsn(None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     match role:
         case "enqueue":
