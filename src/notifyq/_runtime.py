@@ -64,7 +64,8 @@ class Runtime:
             dsn: a PostgreSQL URI or key=value string (default: the environment's ``DATABASE_URL``).
             listen_dsn: the same database without a pooler in between, for the one listening connection (default: ``dsn``).
             schema: the schema that holds the installation.
-            migrate: install or upgrade it, and create the queues, at start.
+            migrate: install or upgrade it, and create the queues, at start. A worker's role may do neither: it needs
+                none of it if somebody else has (``docs/rights.md``). False: don't try.
             middleware: around every job, the first outermost: ``async def (job, call_next)``, or a function of the job
                 that returns an async context manager.
             lease: seconds after the last beat until other runtimes take over the jobs of one that died (at least 1).
