@@ -165,6 +165,15 @@ as $$
     join pg_roles r on r.rolname = g.role
     where not has_schema_privilege(r.oid, 'notifyq', 'usage')
     union
+    -- who may make functions in it could make one that ours take for their own
+    select g.role, 'has create on schema notifyq'
+    from notifyq.granted g
+    join pg_roles r on r.rolname = g.role
+    where has_schema_privilege(r.oid, 'notifyq', 'create')
+    union
+    select 'public', 'has create on schema notifyq'
+    where has_schema_privilege('public', 'notifyq', 'create')
+    union
     select g.role, format('lacks %s on %s', o.privilege, o.object)
     from notifyq.granted g
     join pg_roles r on r.rolname = g.role

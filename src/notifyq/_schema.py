@@ -105,22 +105,21 @@ def plan(installed: Installed | None, available: Sequence[SqlFile]) -> list[SqlF
 async def apply(connection: TrioConnection, schema: str) -> list[str]:
     """Install or upgrade, and return the names of the files that ran. Safe to call from many processes at once.
 
-    What belongs to a role that this one is a member of goes on belonging to it. Raises ``SchemaMismatch`` (newer schema)
-    and ``MissingPrivilege``. All or nothing; cancelled: nothing.
+    All of it belongs to the schema's owner, if this role is a member of that. Raises ``SchemaMismatch`` (newer schema) and
+    ``MissingPrivilege``. All or nothing; cancelled: nothing.
     """
     available = load(schema)
     with translated():
         if not plan(await _installed(connection, schema), available):
             return []
-    try:
-        with translated():
+        try:
             async with connection.transaction():
                 pending = await _apply(connection, schema, available)
-    except MissingPrivilege as error:
-        raise MissingPrivilege(
-            f"schema {schema!r} is to be installed or upgraded, and this role may not: {error}."
-            " Run `notifyq migrate` as a role that may create a schema here, or that owns this one"
-        ) from error.__cause__
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise MissingPrivilege(
+                f"schema {schema!r} is to be installed or upgraded, and this role may not: {error.diag.message_primary}."
+                " Run `notifyq migrate` as a role that may create a schema here, or that owns this one"
+            ) from error
     return [file.name for file in pending]
 
 
@@ -157,7 +156,10 @@ async def grant_roles(connection: TrioConnection, schema: str, roles: Mapping[st
 
 
 async def _create_missing(connection: TrioConnection, roles: Iterable[str]) -> None:
-    """As who is connected: the schema's owner may not be allowed to."""
+    """As who is connected, if he may; otherwise the owner will try."""
+    cursor = await connection.execute("select rolsuper or rolcreaterole from pg_roles where rolname = current_user")
+    if await cursor.fetchone() != (True,):
+        return
     for role in roles:
         cursor = await connection.execute("select 1 from pg_roles where rolname = %s", (role,))
         if await cursor.fetchone() is None:
@@ -209,15 +211,17 @@ async def _schema_exists(connection: TrioConnection, schema: str) -> bool:
 
 
 async def _other_owner(connection: TrioConnection, schema: str) -> str | None:
-    """Who owns the installation, if that is another role than this one, which is a member of it or a superuser.
+    """Who owns the installation, or the schema made for it, if that is another role that this one may act as.
 
-    What a superuser added to it as himself would run with a superuser's rights.
+    What a superuser added to it as himself would run with a superuser's rights, and what one member of a group made, the
+    others could not upgrade.
     """
     cursor = await connection.execute(
-        "select pg_get_userbyid(c.relowner) from pg_class c join pg_namespace n on n.oid = c.relnamespace"
-        " where n.nspname = %s and c.relname = 'installed'"
-        " and c.relowner <> (select r.oid from pg_roles r where r.rolname = current_user)"
-        " and pg_has_role(c.relowner, 'member')",
+        "select pg_get_userbyid(o.owner) from pg_namespace n"
+        " left join pg_class c on c.relnamespace = n.oid and c.relname = 'installed'"
+        " cross join lateral (select coalesce(c.relowner, n.nspowner) as owner) o"
+        " where n.nspname = %s and pg_has_role(o.owner, 'member')"
+        " and pg_get_userbyid(o.owner) not in (current_user, 'pg_database_owner')",
         (schema,),
     )
     row = await cursor.fetchone()

@@ -149,7 +149,7 @@ async def test_each_role_does_its_part_and_no_more(place, tmp_path):
         "ticks": "created",
     }
 
-    # As it is in the file, with migrate=True: there is nothing to do, and no right to do it.
+    # As it stands in the file, with migrate=True: there is nothing to do, and no right to do it.
     worker = start_worker(place, tmp_path)
     try:
         with trio.fail_after(30):
@@ -215,7 +215,7 @@ async def test_roles_that_are_not_there_are_created_by_who_may_or_named(place, t
     named = [word for kind, role in zip(_schema.KINDS, created, strict=True) for word in (f"--{kind}-role", role)]
     code, _, err = await command(place, "owner", "migrate", *named, cwd=tmp_path)
     assert code == 1
-    assert f"there is no role {created[0]}, and login_owner_{place.ending} may not create roles" in err
+    assert f"there is no role {created[0]}, and {place.role('owner')} may not create roles" in err
     assert f"create role {created[0]} nologin;" in err
     await connection.execute(f"alter role login_owner_{place.ending} createrole".encode())
     assert (await command(place, "owner", "migrate", *named, cwd=tmp_path))[0] == 0
@@ -308,7 +308,7 @@ async def test_what_a_superuser_upgrades_stays_its_owners(place):
         cursor = await admin.execute(
             "select distinct pg_get_userbyid(proowner) from pg_proc where pronamespace = 'notifyq'::regnamespace"
         )
-        assert await cursor.fetchall() == [(f"login_owner_{place.ending}",)]
+        assert await cursor.fetchall() == [(place.role("owner"),)]
         assert await (await admin.execute("select role from notifyq.granted")).fetchall() == [(role,)]
     finally:
         await admin.execute(f"drop owned by {role}; drop role {role}".encode())

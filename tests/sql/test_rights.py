@@ -305,9 +305,11 @@ async def test_what_is_not_as_it_was_granted_is_named(connection, ask, roles):
     await ask("revoke execute on function notifyq.send_flow(jsonb) from public")
     await ask("grant execute on function notifyq.rescue() to public")
     await ask("grant select on notifyq.job to public")
+    await ask(f"grant create on schema notifyq to {roles['producer']}")
     assert sorted(await missing(ask)) == sorted(
         [
             ("gone_for_good", "does not exist"),
+            (roles["producer"], "has create on schema notifyq"),
             (operator, "lacks usage on schema notifyq"),
             (operator, "lacks select on notifyq.jobs"),
             ("public", "has execute on notifyq.rescue()"),
