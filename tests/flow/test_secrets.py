@@ -169,7 +169,7 @@ async def test_no_log_and_no_repr_has_the_password_through_a_life_with_broken_co
     async def work(job: Job[int]) -> int:
         return job.data
 
-    runtime = notifyq.Runtime([queue], dsn=dsn)
+    runtime = notifyq.Runtime([queue], dsn=dsn, listen_dsn=dsn)
     seen: list[events.Event] = []
     downs = trio.Event()
 
