@@ -20,7 +20,7 @@ from .events import LeaseGivenUp, ServerTrouble
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ._models import Beat
+    from ._answers import Beat
     from .events import Events
 
 __all__ = ["Heart"]

@@ -16,11 +16,11 @@ import trio
 from ._backoff import reconnect_delay
 from ._bell import Bell
 from ._connection import ANSWER_TIMEOUT
-from ._demand import Floor, Looks, Rate, demand
+from ._demand import Floor, Looks
 from ._due import DueTime
 from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
 from ._fleet import Fleet
-from ._shelf import Shelf
+from ._hands import Hands
 from ._sql import reason
 from ._watch import Watch
 from .events import JobClaimed, ServerTrouble
@@ -28,14 +28,14 @@ from .events import JobClaimed, ServerTrouble
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container
 
-    from ._models import Claimed, Haul, Stance
+    from ._answers import Claimed, Haul, Stance
     from .events import Events
 
 __all__ = ["Claimer"]
 
 
 class Claimer:
-    """Feeds the slots of one queue. Take jobs with ``take()``; say ``finished()`` for each."""
+    """Feeds the slots of one queue. Take jobs with ``hands.take()``; say ``finished()`` for each."""
 
     def __init__(
         self,
@@ -69,8 +69,6 @@ class Claimer:
         """
         self.queue = queue
         self.bell = Bell()
-        self._rate = Rate()
-        self._capacity = capacity
         self._poll_interval = poll_interval
         self._claim = claim
         self._claim_at_once = claim_at_once
@@ -81,12 +79,9 @@ class Claimer:
         self._watch = Watch()
         self.fleet = Fleet()
         self._release = release
+        self.hands = Hands(capacity, release)
         self._events = events
         self._floor = Floor(priorities)
-        self.shelf = Shelf()
-        self._room = Bell()
-        self._running = 0
-        self._idle_demand = 0
         self._looks = Looks()
         self._due = DueTime()
         self._random = random.Random()
@@ -147,8 +142,7 @@ class Claimer:
             return
         self._paused = paused
         if paused:
-            self._hand_back(self.shelf.take_back())
-            self._room.ring()
+            self.hands.hand_back()
         else:
             self.look_again()
 
@@ -168,28 +162,15 @@ class Claimer:
         if self._poll_interval is None or trio.current_time() >= self._looks.at + self._poll_interval:
             self.look_again()
 
-    async def take(self, how_many: int) -> list[Claimed]:
-        """Wait for jobs and take up to so many, in order."""
-        jobs = await self.shelf.take(how_many)
-        self._running += len(jobs)
-        self._room.ring()
-        return jobs
-
     def finished(self, job: Claimed) -> None:
         """A job that was taken has ended."""
-        self._running -= 1
+        self.hands.finished()
         if (job.key or "") in self.full_keys:
             self.bell.ring()
-        in_hand = self._running or self.shelf
-        self._rate.finished(None if in_hand else trio.current_time())
-        self._idle_demand = 0 if in_hand else self._demand()
-        self._room.ring()
 
     def drop(self, job_ids: Container[int]) -> list[Claimed]:
         """Take these jobs out, as far as they have not been taken."""
-        dropped = self.shelf.drop(job_ids)
-        if dropped:
-            self._room.ring()
+        dropped = self.hands.drop(job_ids)
         if any((job.key or "") in self.full_keys for job in dropped):
             self.bell.ring()
         return dropped
@@ -213,7 +194,7 @@ class Claimer:
         failures = 0
         while True:
             await self._wait_for_work()
-            self._hand_back_stale()
+            self.hands.hand_back_stale()
             try:
                 if await self._must_look():
                     await self._drain()
@@ -252,7 +233,7 @@ class Claimer:
         """Send a claim now, before the scheduler comes to any task of ours: that is much of the time from send to start."""
         if not self._resting or self.bell.rung or self._asked_for or not self._looks.cheap:
             return False
-        how_many = self._idle_demand or self._demand()
+        how_many = self.hands.demand()
         if not how_many or not self._claim_at_once(how_many, self._hear):
             return False
         self.fleet.looked()
@@ -268,9 +249,9 @@ class Claimer:
             self._refusal = answer
             self.bell.ring()
         elif self._ending:
-            self.shelf.put(answer.jobs)
+            self.hands.shelf.put(answer.jobs)
         else:
-            takers = self.shelf.takers
+            takers = self.hands.shelf.takers
             self._looked(self._asked_at, asked_for, answer)
             # There may be more, or some may have to wait here.
             if answer.is_full(asked_for) or len(answer.jobs) > takers:
@@ -297,21 +278,10 @@ class Claimer:
             self._resting = False
 
     def _wake_at(self) -> float:
-        wake_at = min(self._due.at, self.shelf.stale_at(), self._watch.look_at, self.fleet.look_at)
+        wake_at = min(self._due.at, self.hands.shelf.stale_at(), self._watch.look_at, self.fleet.look_at)
         if self._poll_interval is not None:
             wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
         return wake_at
-
-    def _hand_back_stale(self) -> None:
-        stale_at = self.shelf.stale_at()
-        if stale_at == math.inf or trio.current_time() < stale_at:
-            return
-        self._rate.reset()
-        self._hand_back(self.shelf.take_back())
-
-    def _hand_back(self, jobs: list[Claimed]) -> None:
-        for job in jobs:
-            self._release(job)
 
     async def _drain(self) -> None:
         brought = 0
@@ -323,7 +293,7 @@ class Claimer:
         dry = self._looks.cheap
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
-            how_many = await self._wait_room()
+            how_many = await self.hands.wait_demand()
             if self._paused:
                 return
             self.bell.clear()
@@ -358,34 +328,17 @@ class Claimer:
         if not haul.is_full(how_many) and not haul.left and (numbers := self.fleet.says()):
             self._say_taken(numbers)
 
-    async def _wait_room(self) -> int:
-        while True:
-            self._room.clear()
-            how_many = self._demand()
-            if how_many:
-                return how_many
-            with trio.move_on_at(self.shelf.stale_at()):
-                await self._room.wait()
-            self._hand_back_stale()
-
-    def _demand(self) -> int:
-        per_second = self._rate.measure(trio.current_time())
-        return demand(self._capacity, self._running, len(self.shelf), per_second)
-
     def _deliver(self, jobs: list[Claimed]) -> None:
         if self._paused:  # they were claimed before that
-            self._hand_back(jobs)
+            for job in jobs:
+                self._release(job)
             return
         if not jobs:
             return
         now = trio.current_time()
-        self._idle_demand = 0
         self.fleet.took(jobs)
         self._floor.claimed(jobs, now)
-        self._rate.busy(now)
-        for job in jobs:
-            job.claimed_at = now
-        self.shelf.put(jobs)
+        self.hands.put(jobs, now)
         if self._events.wants(JobClaimed):
             for job in jobs:
                 self._events.emit(JobClaimed(self.queue, job.id, job.attempt))

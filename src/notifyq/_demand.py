@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from ._models import Claimed
+    from ._answers import Claimed
 
 __all__ = ["Floor", "Looks", "Rate", "demand"]
 

@@ -22,11 +22,12 @@ from .events import HandlerStuck
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Sequence
 
+    from ._answers import Claimed
     from ._atomic import Atomic
     from ._claimer import Claimer
     from ._connection import TrioConnection
     from ._middleware import Middleware
-    from ._models import Claimed, Job, JobHandle, Outcome
+    from ._models import Job, JobHandle, Outcome
     from ._queue import Queue
     from .events import Events
 
@@ -213,7 +214,7 @@ class Executor:
 
     async def _take_and_call(self, run: _Run) -> bool:
         """One call of the worker, settled. False: the scope of the call has been cancelled."""
-        run.batch = await self._claimer.take(self._worker.batch_size)
+        run.batch = await self._claimer.hands.take(self._worker.batch_size)
         result: Any = None
         error: Exception | None = None
         if self._begins(run):

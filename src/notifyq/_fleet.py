@@ -10,7 +10,7 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._models import Claimed
+    from ._answers import Claimed
 
 __all__ = ["Fleet"]
 

@@ -23,8 +23,6 @@ OutCo = TypeVar("OutCo", covariant=True)
 State = Literal["scheduled", "blocked", "ready", "active", "completed", "failed", "cancelled"]
 
 __all__ = [
-    "Beat",
-    "Claimed",
     "Completed",
     "Discarded",
     "Failed",
@@ -37,11 +35,9 @@ __all__ = [
     "Out",
     "Outcome",
     "Parent",
-    "QueueInfo",
     "Released",
     "SendOptions",
     "Sent",
-    "Served",
     "Snoozed",
     "State",
 ]
@@ -236,88 +232,6 @@ class FlowJob:
     """As ``JobRecord``'s, or ``forgotten``: it is no longer kept."""
     after: list[int]
     """The ids of the jobs it comes after."""
-
-
-@attrs.frozen
-class Beat:
-    """What ``beat()`` told: see ``sql/functions/60_lease.sql``."""
-
-    renewed: bool
-    held: int
-    cancels: list[int]
-    ready: list[int]
-    due_in: dict[str, float]
-    lapse_in: float | None
-    schedules: int
-    clock: float
-    serves: str | None
-    fleet: int
-    place: int
-
-
-@attrs.frozen
-class Stance:
-    """What ``stand_free()`` told of one queue: see ``sql/functions/20_bell.sql``."""
-
-    stands: bool
-    passed: bool
-    ready: bool
-    due: float | None
-    clock: float
-
-
-@attrs.frozen
-class QueueInfo:
-    """A queue as the runtime needs it."""
-
-    number: int
-    channel: str
-    retry_limit: int
-    kept: bool
-    max_data_bytes: int
-
-
-@attrs.frozen
-class Served:
-    """A queue that a runtime serves, as ``served()`` finds it."""
-
-    name: str
-    paused: bool
-    info: QueueInfo
-
-
-@attrs.frozen
-class Haul:
-    """What a claim brought."""
-
-    jobs: list[Claimed]
-    left: bool | None = None
-    """Whether there are more tickets; None: not known. See ``any_left()`` in ``sql/functions/30_claim.sql``."""
-
-    def is_full(self, asked_for: int) -> bool:
-        """Whether another claim may bring more at once."""
-        return len(self.jobs) >= asked_for and self.left is not False
-
-
-@attrs.define(eq=False)
-class Claimed:
-    """A job as ``claim()`` returns it, its JSON not read yet. Field order is the function's column order."""
-
-    id: int
-    attempt: int
-    number: int
-    priority: int
-    retry_limit: int
-    timeout: float
-    sent_at: datetime
-    data: str | None
-    headers: str | None
-    provenance: str | None
-    key: str | None
-    as_of: datetime | None = attrs.field(default=None, init=False)
-    """When its claim had been made, by the server's clock; the next one of the same attempt is later."""
-    claimed_at: float = attrs.field(default=float("-inf"), init=False)
-    """When its claim was answered, on ``trio.current_time()``'s clock."""
 
 
 @attrs.define(eq=False)

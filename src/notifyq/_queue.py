@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack, overlo
 from ._codec import check_type, encode, from_json, read_json
 from ._errors import InvalidData, InvalidOption
 from ._handler import TransactionWorker, Worker, WorkerOptions, describe, worker_of
-from ._models import Claimed, In, Job, JobHandle, Out, SendOptions
+from ._models import In, Job, JobHandle, Out, SendOptions
 from ._schedule import Schedule, distinct
 from ._sql import (
     YEAR,
@@ -30,6 +30,7 @@ from ._sql import (
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from ._answers import Claimed
     from ._middleware import Middleware
 
 __all__ = ["BatchResult", "Queue", "check_name", "job_of"]

@@ -22,8 +22,8 @@ from .events import ServerTrouble
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from ._answers import Beat, QueueInfo, Served
     from ._listener import Listener
-    from ._models import Beat, QueueInfo, Served
     from ._pool import Pool
     from ._queue import Queue
     from ._store import Store

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
+    from ._answers import Beat, QueueInfo
     from ._connection import TrioConnection
     from ._listener import Listener
     from ._middleware import Middleware
-    from ._models import Beat, Job, QueueInfo
+    from ._models import Job
     from ._pool import Pool
     from ._queue import Queue
     from ._store import Store

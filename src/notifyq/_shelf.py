@@ -11,7 +11,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Container
 
-    from ._models import Claimed
+    from ._answers import Claimed
 
 __all__ = ["Shelf"]
 

@@ -15,9 +15,9 @@ from ._bell import Bell
 from ._errors import ConnectionLost
 
 if TYPE_CHECKING:
+    from ._answers import Stance
     from ._connection import TrioConnection
     from ._listener import Listener
-    from ._models import Stance
     from ._store import Store
 
 __all__ = ["Standing"]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, LiteralString
 import attrs
 from psycopg import sql
 
+from ._answers import QueueInfo
 from ._calls import Calls, intervals
-from ._models import JobRecord, QueueInfo
+from ._models import JobRecord
 from ._sql import many_entry, send_call, send_parameters, translated
 from ._store_claims import Claims
 from ._store_flows import Flows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, LiteralString
 
+from ._answers import Claimed, Haul
 from ._codec import to_json
-from ._models import Claimed, Haul
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, LiteralString
 
-from ._models import Beat, QueueInfo, Served, Stance
+from ._answers import Beat, QueueInfo, Served, Stance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

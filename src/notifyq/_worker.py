@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ._answers import Haul
 from ._claimer import Claimer
 from ._connection import ANSWER_TIMEOUT, answered_within
 from ._executor import Executor
-from ._models import Discarded, Haul, Released
+from ._models import Discarded, Released
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Sequence
     from uuid import UUID
 
+    from ._answers import Claimed, QueueInfo
     from ._atomic import Atomic
     from ._calls import Bound
     from ._listener import Listener
     from ._lock import QuickLock
     from ._middleware import Middleware
-    from ._models import Claimed, JobHandle, QueueInfo
+    from ._models import JobHandle
     from ._pool import Pool
     from ._queue import Queue
     from ._settler import Settler
@@ -117,7 +119,7 @@ class QueueWorker:
             task_status.started()
             with self._claiming:
                 await self.claimer.run()
-            for claimed in self.claimer.shelf.take_back():
+            for claimed in self.claimer.hands.shelf.take_back():
                 self._release(claimed)
             self._stopped.set()
 
@@ -131,12 +133,12 @@ class QueueWorker:
     def lose_all(self) -> None:
         """The lease lapsed: drop what has not started and cancel what runs, without settling."""
         self._lease_number += 1  # what a claim under way brings is not ours, either
-        self.claimer.shelf.take_back()
+        self.claimer.hands.shelf.take_back()
         self.executor.abandon(None)
 
     def lose(self, attempts: Container[tuple[int, int]]) -> None:
         """These attempts are no longer ours: drop or cancel them, without settling."""
-        self.claimer.drop({job for job, attempt in self.claimer.shelf.waiting() if (job, attempt) in attempts})
+        self.claimer.drop({job for job, attempt in self.claimer.hands.shelf.waiting() if (job, attempt) in attempts})
         self.executor.abandon(attempts)
 
     def cancel(self, jobs: Collection[int]) -> None:
@@ -151,7 +153,7 @@ class QueueWorker:
 
     def known(self) -> set[tuple[int, int]]:
         """The attempts that run or wait here, as (job, attempt)."""
-        return self.executor.running() | self.claimer.shelf.waiting()
+        return self.executor.running() | self.claimer.hands.shelf.waiting()
 
     def _release(self, claimed: Claimed) -> None:
         self._settler.put(Released(claimed.id, claimed.attempt, claimed.as_of), self.queue.name)
@@ -204,7 +206,7 @@ class QueueWorker:
         """How many jobs of each key are here, those without one under ""; not counted unless there is a limit."""
         if self._key_limit is None:
             return Counter()
-        return Counter((*self.executor.keys(), *self.claimer.shelf.keys()))
+        return Counter((*self.executor.keys(), *self.claimer.hands.shelf.keys()))
 
     def _learn_full_keys(self, claimed: list[Claimed], limit: int) -> None:
         """A claim brought these: of which keys it may have left some, as of what it was told."""

@@ -10,9 +10,9 @@ import trio.testing
 
 import notifyq
 from notifyq import Job, Queue
+from notifyq._answers import Haul, Stance
 from notifyq._claimer import Claimer
 from notifyq._listener import Listener
-from notifyq._models import Haul, Stance
 from notifyq._worker import QueueWorker
 from notifyq.events import Events, JobClaimed, JobCompleted, ListenerDown, ListenerUp, ServerTrouble
 from notifyq.testing import run_waiting
@@ -305,7 +305,7 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
         gate.set()
         await trio.testing.wait_all_tasks_blocked()
         assert released == ["one", "two"]
-        assert claimer.shelf.take_back() == []
+        assert claimer.hands.shelf.take_back() == []
         nursery.cancel_scope.cancel()
 
 

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from notifyq import Job, Queue, _claimer
+from notifyq._answers import Claimed
 from notifyq._fleet import Fleet
-from notifyq._models import Claimed
 from notifyq._opening import open_connection
 from notifyq._watch import MOST_RINGS, RINGS, Watch
 from notifyq._worker import QueueWorker

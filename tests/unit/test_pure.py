@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import notifyq
 from notifyq import InvalidData, InvalidOption, Queue, SchemaMismatch, _schema
+from notifyq._answers import Claimed, Haul, Stance
 from notifyq._backoff import BASE, CAP, reconnect_delay
 from notifyq._batcher import Batcher
 from notifyq._bell import Bell
@@ -24,7 +25,6 @@ from notifyq._claimer import Claimer
 from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, demand
 from notifyq._errors import NoLease
-from notifyq._models import Claimed, Haul, Stance
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
 from notifyq.events import Events
@@ -368,16 +368,16 @@ async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_han
         claimer.heard("r:0:1")
         claiming.cancel()
         await trio.testing.wait_all_tasks_blocked()
-        assert claimer.shelf.take_back() == []
+        assert claimer.hands.shelf.take_back() == []
         assert asked == [3]
         answers.pop()(Haul(answer) if isinstance(answer, list) else answer)
-    assert claimer.shelf.take_back() == (answer if isinstance(answer, list) else [])
+    assert claimer.hands.shelf.take_back() == (answer if isinstance(answer, list) else [])
 
 
 def test_a_job_that_is_dropped_before_it_starts_leaves_its_place_to_the_next_of_its_key():
     claimer = claimer_of_nothing(lambda *_: False, lambda _: None)
     claimer.full_keys = {""}
-    claimer.shelf.put([claimed(1), claimed(2)])
+    claimer.hands.shelf.put([claimed(1), claimed(2)])
     claimer.drop([3])
     assert not claimer.bell.rung
     claimer.drop([1])
