@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -31,10 +32,20 @@ LOG_SHOWN = 4000
 @click.option("--seed", type=int, help="Of an earlier run: the same blows in the same order.")
 @click.option("--rate", default=20_000.0, show_default=True, help="Most bulk jobs sent in a second.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
-@click.option("--write-docs", is_flag=True, help="Write the table of that file into docs/faults.md, and run nothing if it is there.")
+@click.option(
+    "--write-docs",
+    is_flag=True,
+    help="Write the table of that file into docs/faults.md, and run nothing if it is there.",
+)
 @click.option("--keep", is_flag=True, help="Keep the folder with the ledgers and logs.")
 def main(
-    names: tuple[str, ...], minutes: float, seed: int | None, rate: float, path: Path | None, write_docs: bool, keep: bool
+    names: tuple[str, ...],
+    minutes: float,
+    seed: int | None,
+    rate: float,
+    path: Path | None,
+    write_docs: bool,
+    keep: bool,
 ) -> None:
     """Break what is named, or everything, while three workers work; account for every job. Ends with 1 if one is missing."""
     if write_docs and path is None:
@@ -42,6 +53,7 @@ def main(
     if write_docs and path is not None and path.exists():
         write_page(path)
         return
+    logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # it tells of every connection that was lost
     if seed is None:
         seed = random.randrange(10**6)
     faults = chosen(names)
@@ -98,7 +110,9 @@ def run_one(fault: Fault, seconds: float, seed: int, folder: Path, template: Pat
     """Run a fault and say how it went."""
 
     async def run() -> Outcome:
-        return await run_cell(fault, seconds=seconds, seed=seed, folder=folder / fault.name, template=template, rate=rate)
+        return await run_cell(
+            fault, seconds=seconds, seed=seed, folder=folder / fault.name, template=template, rate=rate
+        )
 
     outcome = trio.run(run)
     verdict = outcome.verdict

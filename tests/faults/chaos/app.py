@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import trio
 
@@ -18,8 +19,10 @@ pen = Pen(os.environ["CHAOS_LEDGER"])
 
 @BULK.worker(concurrency=20)
 async def take_some_time(job: Job[int]) -> int:
-    run = pen.began(job)
-    if job.data:
+    run = pen.began(job.id, job.attempt)
+    if job.data < 0:
+        time.sleep(-job.data / 1000)  # noqa: ASYNC251 - as a handler that should not
+    elif job.data:
         await trio.sleep(job.data / 1000)
     pen.ended(run)
     return job.data
@@ -27,7 +30,7 @@ async def take_some_time(job: Job[int]) -> int:
 
 @LUCK.worker(concurrency=5)
 async def fail_often(job: Job[int]) -> int:
-    run = pen.began(job)
+    run = pen.began(job.id, job.attempt)
     dice = random.random()
     if dice < 0.25:
         raise ValueError("bad luck")
@@ -39,7 +42,7 @@ async def fail_often(job: Job[int]) -> int:
 
 @ALONE.worker(concurrency=4, transaction=True)
 async def write_span(job: Job[int], connection: notifyq.Connection) -> None:
-    run = pen.began(job)
+    run = pen.began(job.id, job.attempt)
     await connection.execute("insert into span values (%s, %s, clock_timestamp())", [job.id, job.key])
     await trio.sleep(random.expovariate(200))
     if random.random() < 0.1:
@@ -50,7 +53,7 @@ async def write_span(job: Job[int], connection: notifyq.Connection) -> None:
 
 @STEP.worker(concurrency=4)
 async def step(job: Job[int]) -> int:
-    run = pen.began(job)
+    run = pen.began(job.id, job.attempt)
     await trio.sleep(random.expovariate(200))
     pen.ended(run)
     return job.data

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,7 +14,7 @@ import trio
 
 import notifyq
 
-from .ledger import Incident, Ledger
+from .ledger import Incident, Ledger, Run, Send
 from .producers import Producers
 from .proxy import Proxy
 from .queues import ALL
@@ -24,21 +24,17 @@ from .workers import HOW_MANY, Workers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from .faults import Fault
 
 __all__ = ["Scene", "run_cell"]
 
 READ_EVERY = 0.05
-DRAIN_SECONDS = 90.0
-"""Seconds in which everything has to have ended after the load: retries, leases and reconnects included."""
-
-LEFT_SECONDS = 20.0
-"""Seconds in which what a killed worker left has to be gone: its lease, and the server's keepalive."""
-
 SPAN = "create table span (job bigint primary key, key text, began_at timestamptz, ended_at timestamptz)"
 OVERLAPS = (
-    "select a.job from span a join span b on b.key = a.key and b.job <> a.job and b.began_at between a.began_at and a.ended_at"
+    "select a.job from span a join span b on b.key = a.key and b.job <> a.job"
+    " and b.began_at between a.began_at and a.ended_at"
 )
 WAITING = "select coalesce(sum(ready + active + scheduled + blocked), 0) from notifyq.queue_stats where queue <> 'dead'"
 FOUND = (
@@ -92,6 +88,26 @@ class Scene:
                 return cursor.fetchall() if cursor.description else []
 
         return await trio.to_thread.run_sync(ask)
+
+    async def send(self, queue: str, data: int, *, priority: int = 0) -> int:
+        """Send a job past everything that is broken, and write it down."""
+        called = time.monotonic()
+        statement = "select notifyq.send(%s, to_jsonb(%s), priority => %s)"
+        [(job,)] = await self.query(statement, queue, data, priority)
+        self.ledger.sent([(job, Send(queue, called))])
+        return int(job)
+
+    async def started(self, job: int) -> Run:
+        """Wait until a worker has begun with a job."""
+        seen = 0
+        with trio.fail_after(30):
+            while True:
+                self.ledger.read()
+                for run in self.ledger.runs[seen:]:
+                    if run.job == job:
+                        return run
+                seen = len(self.ledger.runs)
+                await trio.sleep(0.005)
 
     async def until(self, query: str, wanted: int, seconds: float) -> int:
         """Look until a query's number is what is wanted, but no longer than so many seconds; gives the last number."""
@@ -180,21 +196,21 @@ async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Ver
                 await trio.sleep(scene.dice.uniform(0.5, 1.5) * fault.pause)
             await fault.mend(scene)
             producers.stop()
-            waiting = await scene.until(WAITING, 0, DRAIN_SECONDS)
+            waiting = await scene.until(WAITING, 0, fault.drain)
             nursery.cancel_scope.cancel()
-        runtimes = await scene.until("select count(*) from notifyq.runtime", HOW_MANY, LEFT_SECONDS)
+        runtimes = await scene.until("select count(*) from notifyq.runtime", HOW_MANY, fault.patience)
         await scene.workers.stop()
     scene.ledger.read()
     verdict = judge(scene.ledger, await _found(scene))
     if registered != HOW_MANY:
         verdict.complain(f"{registered} workers registered at the start, not {HOW_MANY}")
     if waiting:
-        verdict.complain(f"{waiting} jobs were not run within {DRAIN_SECONDS:g} s after the load")
+        verdict.complain(f"{waiting} jobs were not run within {fault.drain:g} s after the load")
     if runtimes != HOW_MANY:
         verdict.complain(f"{runtimes} runtimes are registered at the end, not {HOW_MANY}")
     for complaint in (*scene.workers.bad_ends, *fault.expected(scene)):
         verdict.complain(complaint)
-    await _look_what_is_left(scene, verdict)
+    await _look_what_is_left(scene, verdict, fault.patience)
     return verdict
 
 
@@ -224,7 +240,7 @@ async def _found(scene: Scene) -> dict[int, Found]:
     return {row[0]: Found(*row[1:]) for row in await scene.query(FOUND)}
 
 
-async def _look_what_is_left(scene: Scene, verdict: Verdict) -> None:
+async def _look_what_is_left(scene: Scene, verdict: Verdict, patience: float) -> None:
     verdict.complain("ran while another of their key did", [job for (job,) in await scene.query(OVERLAPS)])
     odd = (
         "select coalesce(s.job, j.id) from span s full join (select id from notifyq.jobs where queue = 'alone'"
@@ -232,13 +248,8 @@ async def _look_what_is_left(scene: Scene, verdict: Verdict) -> None:
     )
     verdict.complain("are completed or have written, but not both", [job for (job,) in await scene.query(odd)])
     for what, query in LEFT.items():
-        if count := await scene.until(query, 0, LEFT_SECONDS):
+        if count := await scene.until(query, 0, patience):
             verdict.complain(f"{count} {what} are left")
-    ours = {"sends", "log", "data", "data.log", *(f"effects-{number}" for number in range(1, 1000))}
-    if files := [path.name for path in scene.folder.iterdir() if path.name not in ours | scene_files(scene)]:
+    known = re.compile(r"sends|log|data(\.log)?|effects-\d+|fault")
+    if files := [path.name for path in scene.folder.iterdir() if not known.fullmatch(path.name)]:
         verdict.complain(f"files are left: {', '.join(sorted(files)[:10])}")
-
-
-def scene_files(scene: Scene) -> set[str]:
-    """What a fault keeps in the folder of its run."""
-    return {"fault"} & {path.name for path in scene.folder.iterdir()}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import psycopg
 import trio
 
+from .queues import BULK
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
     from pathlib import Path
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from .workers import Worker
 
 __all__ = ["FAULTS", "Fault"]
+
+
+BLOCKED_MS = 500
+"""How long a handler holds up its process's event loop, so that it can be stopped there."""
 
 
 class Fault:
@@ -32,6 +38,10 @@ class Fault:
     """Of the server."""
     goal: float | None = None
     """Seconds in which it has to be got over."""
+    drain = 90.0
+    """Seconds in which everything has to have ended after the load: retries, leases and reconnects included."""
+    patience = 20.0
+    """Seconds in which what a killed worker left has to be gone: its lease, and the server's keepalive."""
 
     def missing(self) -> str | None:
         """Why it cannot be tried on this machine."""
@@ -104,13 +114,15 @@ class Terminate(Fault):
 
 
 class Stop(Fault):
-    """SIGSTOP of a worker for twice its lease, then SIGCONT: what it settles then is refused."""
+    """SIGSTOP of a worker in the midst of a handler for twice its lease, then SIGCONT: what it settles then is refused."""
 
     name = "stop"
     goal = 2.5
 
     async def inflict(self, scene: Scene) -> None:
-        worker = somebody(scene)
+        job = await scene.send(BULK.name, -BLOCKED_MS, priority=9)
+        run = await scene.started(job)
+        worker = next(worker for worker in scene.workers.all if worker.name == run.process)
         with scene.incident("stop", worker.name, waits_for="affected"):
             worker.process.send_signal(signal.SIGSTOP)
             try:
@@ -188,4 +200,14 @@ class Crash(Fault):
             await scene.server.accepting()
 
 
-FAULTS: list[Fault] = [Nothing(), Kill(), KillDefault(), Terminate(), Stop(), Backends(), Restart(), RestartImmediate(), Crash()]
+FAULTS: list[Fault] = [
+    Nothing(),
+    Kill(),
+    KillDefault(),
+    Terminate(),
+    Stop(),
+    Backends(),
+    Restart(),
+    RestartImmediate(),
+    Crash(),
+]

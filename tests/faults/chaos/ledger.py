@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from notifyq import Job
     from notifyq.events import Event
 
 __all__ = ["Incident", "Ledger", "Pen", "Run", "Send"]
@@ -68,10 +67,10 @@ class Pen:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._runs = 0
 
-    def began(self, job: Job[int]) -> int:
+    def began(self, job: int, attempt: int) -> int:
         """Write down that a handler begins; gives the number of the run."""
         self._runs += 1
-        os.write(self._file, b"b %d %d %d %.6f\n" % (self._runs, job.id, job.attempt, time.monotonic()))
+        os.write(self._file, b"b %d %d %d %.6f\n" % (self._runs, job, attempt, time.monotonic()))
         return self._runs
 
     def ended(self, run: int) -> None:

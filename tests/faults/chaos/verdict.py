@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -23,6 +23,8 @@ SETTLED_AFTER = 15.0
 CLOCKS = 0.01
 """Seconds that the server's clock and this process's may go apart while a delayed job waits."""
 
+ENDED = ("completed", "failed", "cancelled")
+
 SHOWN = 5
 """Job ids in a complaint."""
 
@@ -32,8 +34,9 @@ class Found:
     """A job as the database has it at the end."""
 
     queue: str
-    state: str
-    attempt: int
+    state: str | None
+    """None: no ticket is left of it."""
+    attempt: int | None
     retry_limit: int
     error: str | None
     """Of its last failed attempt."""
@@ -93,7 +96,7 @@ def _account(verdict: Verdict, job: int, send: Send, found: Found | None, ran: b
         if not ran:
             verdict.lost.append(job)
     elif found.state == "failed":
-        if found.error is None or found.attempt <= found.retry_limit:
+        if found.error is None or (found.attempt or 0) <= found.retry_limit:
             verdict.complain(f"job {job} failed without a reason: attempt {found.attempt}, {found.error}")
     elif found.state == "cancelled":
         if not send.after:
@@ -104,7 +107,7 @@ def _account(verdict: Verdict, job: int, send: Send, found: Found | None, ran: b
 
 def _explain(verdict: Verdict, job: int, runs: list[Run], incidents: list[Incident]) -> None:
     """Each run but the last must have met with something that kept its completion from being stored."""
-    runs = sorted(runs, key=lambda run: run.ended or 0.0)
+    runs = sorted(runs, key=lambda run: run.began)
     kinds = [_between(first, second, incidents) for first, second in itertools.pairwise(runs)]
     if None in kinds:
         verdict.unexplained.append(job)
@@ -113,13 +116,17 @@ def _explain(verdict: Verdict, job: int, runs: list[Run], incidents: list[Incide
 
 
 def _between(first: Run, second: Run, incidents: list[Incident]) -> str | None:
-    """What was done to the first one's process, or to all, from its claim to the second one's start."""
+    """What kept the first one's completion from being stored, or let the second one begin with a claim that was too old."""
     assert first.ended is not None
     for incident in incidents:
         if (
-            incident.process in (None, first.process, second.process)
+            incident.process in (None, first.process)
             and first.began - CLAIMED_BEFORE <= incident.ended
             and incident.began <= min(second.began, first.ended + SETTLED_AFTER)
+        ) or (
+            incident.process == second.process
+            and second.attempt < first.attempt
+            and incident.began <= first.began <= incident.ended
         ):
             return incident.kind
     return None
@@ -130,7 +137,7 @@ def _check_strangers(verdict: Verdict, ledger: Ledger, found: dict[int, Found]) 
     strangers = [job for job, one in found.items() if job not in ledger.sends and one.queue != "dead"]
     if len(strangers) > ledger.unknown:
         verdict.complain(f"that nobody sent (at most {ledger.unknown} may be)", strangers)
-    verdict.stuck += [job for job in strangers if found[job].state in ("ready", "scheduled", "blocked", "active")]
+    verdict.stuck += [job for job in strangers if found[job].state not in ENDED]
     verdict.complain("ran and are not in the database", sorted({run.job for run in ledger.runs} - found.keys()))
     for key, jobs in ledger.id_keys.items():
         if len(jobs) > 1:
@@ -159,7 +166,9 @@ def _check_dead_letters(verdict: Verdict, found: dict[int, Found]) -> None:
     letters = Counter(one.origin for one in found.values() if one.queue == "dead")
     failed = {job for job, one in found.items() if one.queue == "luck" and one.state == "failed"}
     verdict.complain("failed without a dead letter", sorted(failed - letters.keys()))
-    verdict.complain("have a dead letter too many", sorted(job or 0 for job in letters if letters[job] > 1 or job not in failed))
+    verdict.complain(
+        "have a dead letter too many", sorted(job or 0 for job in letters if letters[job] > 1 or job not in failed)
+    )
 
 
 def recoveries(ledger: Ledger) -> list[float]:
@@ -187,9 +196,13 @@ def recoveries(ledger: Ledger) -> list[float]:
                 cut_off = {
                     run.job
                     for run in runs
-                    if run.process == incident.process and run.began < since and (run.ended is None or run.ended > since)
+                    if run.process == incident.process
+                    and run.began < since
+                    and (run.ended is None or run.ended > since)
                 }
-                again = next((run.began for run in later if run.job in cut_off and run.process != incident.process), None)
+                again = next(
+                    (run.began for run in later if run.job in cut_off and run.process != incident.process), None
+                )
             case _:
                 continue
         if again is not None:
