@@ -184,7 +184,8 @@ async def test_a_send_that_is_given_up_on_leaves_the_client_able_to_send(proxy, 
     assert [job.data for job in await nq.jobs()] == [2]
 
 
-async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(proxy, serve, nq, monkeypatch):
+@pytest.mark.parametrize("how", ["deaf", "pooling"])
+async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(proxy, serve, nq, monkeypatch, how):
     monkeypatch.setattr("notifyq._listener.CALL_TIMEOUT", 0.3)
     queue = Queue("q", int, int)
 
@@ -192,7 +193,7 @@ async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(pro
     async def work(job: Job[int]) -> int:
         return job.data
 
-    proxy.deaf = True
+    setattr(proxy, how, True)
     seen = await serve(queue, lease=3.0)
     with trio.fail_after(20):
         for number in range(3):
@@ -202,7 +203,7 @@ async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(pro
         assert of(seen, events.ListenerUp) == []
         [down] = of(seen, events.ListenerDown)
         assert "notifications do not arrive" in down.reason
-        proxy.deaf = False
+        setattr(proxy, how, False)
         while not of(seen, events.ListenerUp):
             await trio.sleep(0.01)
         with trio.fail_after(1):  # no beat is so soon

@@ -19,12 +19,15 @@ class Link:
 
     def __init__(self, *, frozen: bool) -> None:
         self.scope = trio.CancelScope()
+        self.busy = False
+        """The server has not answered yet what was asked."""
         self._flows = trio.Event()
         if not frozen:
             self._flows.set()
 
     def freeze(self) -> None:
-        self._flows = trio.Event()
+        if self._flows.is_set():  # else somebody waits for this one
+            self._flows = trio.Event()
 
     def thaw(self) -> None:
         self._flows.set()
@@ -43,7 +46,10 @@ class Proxy:
         self._new_frozen = False
         self.accepted = 0
         self.deaf = False
-        """Notifications are dropped, as a transaction pooler does, which accepts LISTEN all the same."""
+        """Notifications are dropped."""
+        self.pooling = False
+        """As a transaction pooler: process numbers are its own, and only those notifications come through that are part of
+        an answer, since between two transactions nobody is there for them. LISTEN is accepted all the same."""
         self.dropped = 0
         self.delay: Callable[[], float] | None = None
         """Seconds by which what has been received goes on later, asked each time."""
@@ -107,18 +113,25 @@ class Proxy:
                 if self.delay is not None:
                     await trio.sleep(self.delay())
                 if from_server:
-                    data, rest = self._without_notifications(rest + data)
+                    data, rest = self._altered(link, rest + data)
+                else:
+                    link.busy = True
                 await sink.send_all(data)
         await link.flowing()
         link.scope.cancel()
 
-    def _without_notifications(self, data: bytes) -> tuple[bytes, bytes]:
-        """The whole messages in ``data``, without notifications if ``deaf``; and what is left."""
+    def _altered(self, link: Link, data: bytes) -> tuple[bytes, bytes]:
+        """What is passed on of the whole messages in ``data``; and what is left."""
         passed = []
         while len(data) >= 5 and len(data) > (size := int.from_bytes(data[1:5], "big")):
-            if self.deaf and data[:1] == b"A":
-                self.dropped += 1
-            else:
-                passed.append(data[: size + 1])
-            data = data[size + 1 :]
+            message, data = data[: size + 1], data[size + 1 :]
+            match message[:1]:
+                case b"A" if self.deaf or (self.pooling and not link.busy):
+                    self.dropped += 1
+                    continue
+                case b"K" if self.pooling:
+                    message = message[:5] + (1).to_bytes(4, "big") + message[9:]
+                case b"Z":
+                    link.busy = False
+            passed.append(message)
         return b"".join(passed), data
