@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,13 @@ import psycopg
 import pytest
 import trio
 
+import notifyq
+from notifyq import events
+from tests.faults.chaos.catalogue import FAULTS
 from tests.faults.chaos.cell import Outcome, Scene, run_cell
-from tests.faults.chaos.faults import FAULTS, Fault
+from tests.faults.chaos.faults import Fault
 from tests.faults.chaos.ledger import Incident, Ledger, Pen, Run, Send
-from tests.faults.chaos.servers import make_template
+from tests.faults.chaos.servers import Server, binary_version, make_template
 from tests.faults.chaos.verdict import Found, judge, recoveries
 
 if TYPE_CHECKING:
@@ -51,6 +55,47 @@ async def test_no_job_is_lost(name, folder, template):
     assert outcome.verdict.good, f"{outcome.verdict}\n{outcome.log[-3000:]}"
     assert outcome.verdict.sent > 1000
     assert outcome.incidents > 0
+
+
+@pytest.mark.skipif(binary_version() < 17, reason="the size of the NOTIFY queue can be set from PostgreSQL 17 on")
+async def test_a_full_notify_queue_costs_no_job_and_is_got_over(folder, template):
+    queue = notifyq.Queue("q", int, int, retry_delay=0.01, retry_backoff=False, bell="always")
+    attempted, full = trio.Event(), trio.Event()
+
+    @queue.worker
+    async def work(job: notifyq.Job[int]) -> int:
+        attempted.set()
+        if job.attempt == 1:
+            await full.wait()
+            raise ValueError("once")
+        return job.attempt
+
+    server = Server.copied(template, folder / "full", {"max_notify_queue_pages": "64"})
+    try:
+        await server.start()
+        runtime = notifyq.Runtime([queue], dsn=server.dsn, lease=1.0)
+        troubled = trio.Event()
+        runtime.subscribe(lambda event: troubled.set(), events.ServerTrouble)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nq = await nursery.start(runtime.run)
+                sent = await nq.send(queue, 1)
+                await attempted.wait()
+                with psycopg.connect(server.dsn) as idle, psycopg.connect(server.dsn, autocommit=True) as filler:
+                    idle.execute("listen x")
+                    idle.commit()
+                    idle.execute("select 1")
+                    with contextlib.suppress(psycopg.errors.ProgramLimitExceeded):
+                        for _ in range(1000):
+                            filler.execute("select pg_notify('x', repeat('x', 7900))")
+                    full.set()
+                    await troubled.wait()
+                    with pytest.raises(notifyq.ServerTrouble, match="NOTIFY queue"):
+                        await nq.send(queue, 2)
+                assert await nq.result(sent) == 2
+                runtime.stop()
+    finally:
+        server.kill()
 
 
 class Tampering(Fault):

@@ -67,17 +67,18 @@ class Scene:
     """For looking at the database, past everything that is broken."""
     environment: dict[str, str] = attrs.Factory(dict)
     wrapped: tuple[str, ...] = ()
-    proxy: Proxy | None = None
     workers: Workers = attrs.field(init=False)
 
     @contextlib.contextmanager
-    def incident(self, kind: str, process: str | None = None, waits_for: str | None = None) -> Iterator[None]:
-        """The block is something that is done; it counts until the block has ended."""
+    def incident(
+        self, kind: str, process: str | None = None, waits_for: str | None = None, *, excuses: bool = True
+    ) -> Iterator[None]:
+        """The block is something that is done; it counts until the block has ended. See ``Incident``."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for))
+            self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, excuses))
 
     async def query(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         """The rows of a query, past everything that is broken."""
@@ -93,9 +94,22 @@ class Scene:
         """Send a job past everything that is broken, and write it down."""
         called = time.monotonic()
         statement = "select notifyq.send(%s, to_jsonb(%s), priority => %s)"
-        [(job,)] = await self.query(statement, queue, data, priority)
+        with self.ledger.attempt(1):
+            [(job,)] = await self.query(statement, queue, data, priority)
         self.ledger.sent([(job, Send(queue, called))])
         return int(job)
+
+    async def recovered(self, since: float) -> None:
+        """Wait until a job has started that was sent after this moment."""
+        seen = len(self.ledger.runs)
+        with trio.move_on_after(60):
+            while True:
+                self.ledger.read()
+                for run in self.ledger.runs[seen:]:
+                    if (send := self.ledger.sends.get(run.job)) is not None and send.called > since:
+                        return
+                seen = len(self.ledger.runs)
+                await trio.sleep(0.02)
 
     async def started(self, job: int) -> Run:
         """Wait until a worker has begun with a job."""
@@ -121,11 +135,10 @@ class Scene:
 
     async def put_up_proxy(self) -> Proxy:
         """Have the workers reach the server through a proxy."""
-        if self.proxy is None:
-            self.proxy = Proxy(self.server.dsn)
-            await self.nursery.start(self.proxy.run)
-            self.worker_dsn = self.proxy.dsn
-        return self.proxy
+        proxy = Proxy(self.server.dsn)
+        await self.nursery.start(proxy.run)
+        self.worker_dsn = proxy.dsn
+        return proxy
 
 
 @attrs.frozen
@@ -153,6 +166,7 @@ async def run_cell(
     ledger = Ledger(folder)
     data = await trio.to_thread.run_sync(fault.place, folder)
     server = Server.copied(template, data, {"max_connections": "60", **fault.settings})
+    scene: Scene | None = None
     try:
         await server.start()
         async with trio.open_nursery() as nursery:
@@ -166,7 +180,8 @@ async def run_cell(
             log = scene.workers.log()
             nursery.cancel_scope.cancel()
     finally:
-        server.kill()
+        for one in {server, scene.server if scene else server}:
+            one.kill()
         ledger.close()
         fault.leave(folder)
     return Outcome(
@@ -185,7 +200,9 @@ async def run_cell(
 async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Verdict:
     async with fault.stage(scene), _workers(fault, scene):
         registered = await scene.until("select count(*) from notifyq.runtime", HOW_MANY, 30)
-        producers = Producers(scene.sender_dsn, scene.ledger, scene.dice, rate=rate)
+        producers = Producers(
+            scene.sender_dsn, scene.ledger, scene.dice, rate=min(rate, fault.rate), pool_size=fault.senders
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_read, scene.ledger)
             nursery.start_soon(producers.run)

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from .cell import Scene
     from .workers import Worker
 
-__all__ = ["FAULTS", "Fault"]
+__all__ = [
+    "Backends",
+    "Crash",
+    "Fault",
+    "Kill",
+    "KillDefault",
+    "Nothing",
+    "Restart",
+    "RestartImmediate",
+    "Stop",
+    "Terminate",
+]
 
 
 BLOCKED_MS = 500
@@ -32,10 +43,17 @@ class Fault:
     name: str
     lease = 2.0
     pool = 4
+    """Connections that the handlers of a worker share."""
+    senders = 10
+    """Connections that the senders share."""
+    rate = 1e9
+    """Most bulk jobs in a second."""
     pause = 2.0
     """Seconds between two blows, on average."""
     settings: Mapping[str, str] = {}
     """Of the server."""
+    share = 1.0
+    """Of the load's time; most have one."""
     goal: float | None = None
     """Seconds in which it has to be got over."""
     drain = 90.0
@@ -109,7 +127,7 @@ class Terminate(Fault):
 
     async def inflict(self, scene: Scene) -> None:
         worker = somebody(scene)
-        with scene.incident("sigterm", worker.name):
+        with scene.incident("sigterm", worker.name, excuses=False):
             await scene.workers.end(worker, signal.SIGTERM)
 
 
@@ -122,7 +140,9 @@ class Stop(Fault):
     async def inflict(self, scene: Scene) -> None:
         job = await scene.send(BULK.name, -BLOCKED_MS, priority=9)
         run = await scene.started(job)
-        worker = next(worker for worker in scene.workers.all if worker.name == run.process)
+        worker = next((worker for worker in scene.workers.all if worker.name == run.process), None)
+        if worker is None:  # somebody else has ended it
+            return
         with scene.incident("stop", worker.name, waits_for="affected"):
             worker.process.send_signal(signal.SIGSTOP)
             try:
@@ -198,16 +218,3 @@ class Crash(Fault):
                 os.kill(scene.dice.choice(sorted(pids))[0], signal.SIGKILL)
             await trio.sleep(0.5)
             await scene.server.accepting()
-
-
-FAULTS: list[Fault] = [
-    Nothing(),
-    Kill(),
-    KillDefault(),
-    Terminate(),
-    Stop(),
-    Backends(),
-    Restart(),
-    RestartImmediate(),
-    Crash(),
-]

@@ -58,6 +58,8 @@ class Incident:
     """The worker that it was done to; None: all of them."""
     waits_for: str | None = None
     """When it has been got over: see ``recoveries()``."""
+    excuses: bool = True
+    """Whether a job may run twice for it: some process, or its connection, is lost with what it has not settled."""
 
 
 class Pen:

@@ -32,8 +32,9 @@ ERROR_PAUSE = 0.05
 class Producers:
     """Tasks of this process that send until they are told to stop."""
 
-    def __init__(self, dsn: str, ledger: Ledger, dice: random.Random, *, rate: float) -> None:
+    def __init__(self, dsn: str, ledger: Ledger, dice: random.Random, *, rate: float, pool_size: int) -> None:
         """``rate``: most bulk jobs in a second."""
+        self._pool_size = pool_size
         self._dsn = dsn
         self._ledger = ledger
         self._seed = dice.random()
@@ -47,7 +48,10 @@ class Producers:
     async def run(self) -> None:
         """Send until ``stop()``."""
         sorts = (self._bulk, self._bulk, self._single, self._lucky, self._alone, self._flow)
-        async with notifyq.connect(self._dsn, migrate=False, connect_timeout=5) as nq, trio.open_nursery() as nursery:
+        async with (
+            notifyq.connect(self._dsn, migrate=False, connect_timeout=5, pool_size=self._pool_size) as nq,
+            trio.open_nursery() as nursery,
+        ):
             for number, sort in enumerate(sorts):
                 nursery.start_soon(self._repeat, nq, sort, random.Random(f"{self._seed} {number}"))
 

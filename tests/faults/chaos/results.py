@@ -57,6 +57,7 @@ def as_entry(fault: Fault, outcome: Outcome) -> dict[str, Any]:
         "events": outcome.events,
         "seconds": round(outcome.seconds, 1),
         "complaints": verdict.complaints,
+        "good": verdict.good,
     }
 
 
@@ -90,15 +91,17 @@ def markdown(entries: list[dict[str, Any]]) -> str:
         f"| all | {total['times']} | {total['jobs']:,} | {total['lost'] + total['stuck']} | {twice[0]:,} | {twice[1]} | |"
     )
     rows += [f"\nNot tried: {entry['fault']}, {entry['not_tried']}." for entry in entries if "not_tried" in entry]
+    rows += [f"\nBroke off: {entry['fault']}, {entry['broke_off']}." for entry in entries if "broke_off" in entry]
     return "\n".join(rows) + "\n"
 
 
-def put_into(text: str, found: dict[str, Any], results: str) -> str:
-    """The text with the table, and what it was taken with, between its two marks."""
+def put_into(text: str, found: dict[str, Any], results: str, says: dict[str, str]) -> str:
+    """The text with the table, what it was taken with, and what each fault does, between its two marks."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"the page needs one line {BEGIN} and one line {END}")
     versions = found["versions"]
     taken = ", ".join(f"{name} {versions[name]}" for name in ("postgresql", "python", "psycopg", "trio"))
     head = f"From [`{Path(results).name}`]({results}): seed {found['seed']}, {found['machine']}, {taken}.\n\n"
+    told = "".join(f"- `{name}`: {what}\n" for name, what in says.items())
     marks = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return marks.sub(lambda _: f"{BEGIN}\n\n{head}{markdown(found['faults'])}\n{END}", text)
+    return marks.sub(lambda _: f"{BEGIN}\n\n{head}{markdown(found['faults'])}\n{told}\n{END}", text)

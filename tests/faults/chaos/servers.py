@@ -19,7 +19,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Server", "free_port", "make_template"]
+__all__ = ["Server", "as_user", "binaries", "binary_version", "free_port", "make_template"]
 
 SYSTEM_USER = "embedded_postgres"
 """Whom the embedded server runs as when root starts it: PostgreSQL refuses to run as root."""
@@ -30,7 +30,9 @@ STOP_SECONDS = 60.0
 
 def binaries() -> Path:
     """The folder of ``postgres``: ``CHAOS_SERVER_BIN``, or that of the embedded server."""
-    from embedded_postgres._commands import POSTGRES_BIN_PATH
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a missing XDG_RUNTIME_DIR, which it can do without
+        from embedded_postgres._commands import POSTGRES_BIN_PATH
 
     return Path(os.environ.get("CHAOS_SERVER_BIN") or POSTGRES_BIN_PATH)
 
@@ -75,10 +77,14 @@ class Server:
     def __init__(self, data: Path, settings: Mapping[str, str] | None = None) -> None:
         """``data`` is its data directory."""
         self.data = data
-        self.port = free_port()
         self.settings = dict(settings or {})
-        self.dsn = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
+        self.take_port(free_port())
         self._process: subprocess.Popen[bytes] | None = None
+
+    def take_port(self, port: int) -> None:
+        """Be on this port from the next start on."""
+        self.port = port
+        self.dsn = f"host=127.0.0.1 port={port} user=postgres dbname=postgres"
 
     @classmethod
     def copied(cls, template: Path, data: Path, settings: Mapping[str, str] | None = None) -> Server:
@@ -88,7 +94,6 @@ class Server:
 
     async def start(self) -> float:
         """Start it; gives the moment from which on it accepts connections."""
-        self.launch()
         return await self.accepting()
 
     def launch(self) -> None:
@@ -106,7 +111,7 @@ class Server:
             )
 
     async def accepting(self) -> float:
-        """Wait until it accepts connections; gives that moment. Starts it again if it has ended."""
+        """Wait until it accepts connections; gives that moment. Starts it if it does not run."""
         with trio.fail_after(START_SECONDS):
             while True:
                 if not self.running:
@@ -156,3 +161,11 @@ def _parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def binary_version() -> int:
+    """The major version of the server's programs."""
+    told = subprocess.run(
+        [str(binaries() / "postgres"), "--version"], check=True, capture_output=True, text=True
+    ).stdout
+    return int(told.split()[-1].split(".")[0].split("devel")[0])

@@ -118,7 +118,7 @@ def _explain(verdict: Verdict, job: int, runs: list[Run], incidents: list[Incide
 def _between(first: Run, second: Run, incidents: list[Incident]) -> str | None:
     """What kept the first one's completion from being stored, or let the second one begin with a claim that was too old."""
     assert first.ended is not None
-    for incident in incidents:
+    for incident in (incident for incident in incidents if incident.excuses):
         if (
             incident.process in (None, first.process)
             and first.began - CLAIMED_BEFORE <= incident.ended

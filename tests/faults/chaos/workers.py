@@ -42,6 +42,7 @@ class Workers:
         self._started = 0
         self._log = (folder / "log").open("ab")
         self.all: list[Worker] = []
+        self._ending: list[Worker] = []
         self.bad_ends: list[str] = []
 
     def start(self) -> None:
@@ -62,7 +63,10 @@ class Workers:
         return Worker(name, process)
 
     async def end(self, worker: Worker, number: signal.Signals) -> None:
-        """Send a signal that ends it, wait until it has ended, and start another in its place."""
+        """Send a signal that ends it, wait until it has, and start another in its place; nothing if it is ending already."""
+        if worker in self._ending:
+            return
+        self._ending.append(worker)
         worker.process.send_signal(number)
         await self.gone(worker, (number,))
         self.all[self.all.index(worker)] = self._start()
