@@ -137,6 +137,8 @@ def run_one(fault: Fault, seconds: float, seed: int, folder: Path, template: Pat
         f" and {len(verdict.unexplained)} not, recovery {waits}, {outcome.seconds:.0f} s",
         err=True,
     )
+    if outcome.waits and fault.goal is not None and max(outcome.waits) > fault.goal:
+        click.echo(f"    later than its goal, {fault.goal:g} s", err=True)
     if not verdict.good:
         for complaint in verdict.complaints:
             click.echo(f"    {complaint}", err=True)
@@ -147,12 +149,17 @@ def run_one(fault: Fault, seconds: float, seed: int, folder: Path, template: Pat
     return outcome
 
 
-def write_page(path: Path) -> None:
-    """Put the table of a file into the page."""
+def page(path: Path) -> str:
+    """The page with the table of a file in it."""
     found = json.loads(path.read_text(encoding="utf-8"))
     link = os.path.relpath(path.resolve(), PAGE.parent)
     says = {fault.name: " ".join((type(fault).__doc__ or "").split()) for fault in FAULTS}
-    PAGE.write_text(results.put_into(PAGE.read_text(encoding="utf-8"), found, link, says), encoding="utf-8")
+    return results.put_into(PAGE.read_text(encoding="utf-8"), found, link, says)
+
+
+def write_page(path: Path) -> None:
+    """Put the table of a file into the page."""
+    PAGE.write_text(page(path), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Backends(Fault):
 
     async def inflict(self, scene: Scene) -> None:
         victims = scene.dice.choice(list(VICTIMS))
-        with scene.incident(f"terminated {victims}"), contextlib.suppress(psycopg.Error):
+        with scene.incident(f"terminated {victims}", waits_for="sent"), contextlib.suppress(psycopg.Error):
             await scene.query(
                 "select pg_terminate_backend(pid) from pg_stat_activity"
                 f" where pid <> pg_backend_pid() and {VICTIMS[victims].replace('%%', '%')}"

@@ -11,7 +11,7 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Proxy"]
+__all__ = ["Link", "Proxy"]
 
 
 class Link:
@@ -68,11 +68,12 @@ class Proxy:
         for link in self._links:
             link.scope.cancel()
 
-    def freeze(self, *, new: bool = False) -> None:
-        """Let nothing through on the connections that are open, nor on ``new`` ones."""
+    def freeze(self, *, new: bool = False) -> list[Link]:
+        """Let nothing through on the connections that are open, nor on ``new`` ones. Gives those that it froze."""
         self._new_frozen = new
         for link in self._links:
             link.freeze()
+        return list(self._links)
 
     def thaw(self) -> None:
         """Let everything through, and what has been held up."""
