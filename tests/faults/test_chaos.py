@@ -15,10 +15,12 @@ import trio
 
 import notifyq
 from notifyq import events
+from tests.faults.chaos.__main__ import PAGE, ROOT, page
 from tests.faults.chaos.catalogue import FAULTS
 from tests.faults.chaos.cell import Outcome, Scene, run_cell
 from tests.faults.chaos.faults import Fault
 from tests.faults.chaos.ledger import Incident, Ledger, Pen, Run, Send
+from tests.faults.chaos.results import markdown
 from tests.faults.chaos.servers import Server, binary_version, make_template
 from tests.faults.chaos.verdict import Found, judge, recoveries
 
@@ -216,3 +218,22 @@ def test_recovery_is_counted_from_the_blow_to_the_next_start(ledger):
     for waits_for in ("affected", "sent", "any", None):
         ledger.note(Incident("blow", 102.0, 102.5, process="1", waits_for=waits_for))
     assert recoveries(ledger) == [3.0, 2.0, 0.5]
+
+
+def test_the_table_sums_up_and_says_what_was_not_tried():
+    one = {"fault": "kill", "times": 3, "jobs": 1000, "lost": 1, "stuck": 1, "longest_recovery_seconds": 1.234}
+    twice = {"duplicated_explained": 5, "duplicated_unexplained": 2}
+    entries = [one | twice, one | twice | {"fault": "stop", "longest_recovery_seconds": None}]
+    table = markdown(
+        [*entries, {"fault": "disk-full", "not_tried": "no tmpfs"}, {"fault": "mixed", "broke_off": "X()"}]
+    )
+    assert "| kill | 3 | 1,000 | 2 | 5 | 2 | 1.23 |" in table
+    assert "| stop | 3 | 1,000 | 2 | 5 | 2 |  |" in table
+    assert "| all | 6 | 2,000 | 4 | 10 | 4 | |" in table
+    assert "Not tried: disk-full, no tmpfs." in table
+    assert "Broke off: mixed, X()." in table
+
+
+def test_the_page_has_the_newest_figures_and_says_what_every_fault_does():
+    newest = max((ROOT / "benchmarks" / "results").glob("*-faults.json"))
+    assert PAGE.read_text(encoding="utf-8") == page(newest)
