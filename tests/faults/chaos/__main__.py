@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -57,6 +58,8 @@ def main(
     if write_docs and path is not None and path.exists():
         write_page(path)
         return
+    # as Ctrl-C: servers, workers and mounts end with it
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # it tells of every connection that was lost
     if seed is None:
         seed = random.randrange(10**6)
