@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test bench compare clean
+.PHONY: demo test bench compare chaos clean
 
 demo: $(STAMP)
 	@$(BIN)/notifyq demo
@@ -23,6 +23,10 @@ bench: $(STAMP)
 # Hours in all; stopped, it goes on where it was. Fewer cells: make compare ONLY='pgqueuer drain --repeats 1'
 compare: $(STAMP)
 	@$(BIN)/python -m benchmarks.compare $(or $(ONLY),--readme)
+
+# Breaks everything around notifyq while it works, and counts every job: docs/faults.md. make chaos MINUTES=30 SEED=1 FAULTS='kill stop'
+chaos: $(STAMP)
+	@$(BIN)/python -m tests.faults.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON)) $(FAULTS)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"notifyq needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.12")'

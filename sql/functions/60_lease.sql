@@ -94,6 +94,8 @@ begin
         select min(a.deadline) from notifyq.active a where a.runtime is null
     ) l;
     select coalesce(sum(s.number), 0) into schedules from notifyq.schedule s;
+    -- A NOTIFY queue that was full stays so when the listener that held it up has gone, until somebody asks for its usage.
+    perform pg_notification_queue_usage();
     clock := extract(epoch from clock_timestamp());
 end
 $$;

@@ -160,8 +160,10 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     async def _result(self) -> pq.abc.PGresult:
         """The result of the one statement that was sent."""
-        [result] = await self.wait(generators.execute(self.pgconn))
-        return self._checked(result)
+        results = await self.wait(generators.execute(self.pgconn))
+        # What fails at its commit, or is terminated there, has returned its rows before.
+        failures = (result for result in results if result.status == ExecStatus.FATAL_ERROR)
+        return self._checked(next(failures, results[-1]))
 
     def _checked(self, result: pq.abc.PGresult) -> pq.abc.PGresult:
         if result.status == ExecStatus.FATAL_ERROR:

@@ -208,7 +208,7 @@ class Listener:
         self._proof = f"proof:{uuid4()}"
         self._proven = False
         with trio.move_on_after(CALL_TIMEOUT) as patience:
-            await self._store.notify(connection, control, self._proof)
+            await self._send_proof(connection, control)
             while not self._proven:
                 await connection.wait_input()
         if patience.cancelled_caught:
@@ -218,6 +218,17 @@ class Listener:
             await self._hear_all(connection)
             for queue in self._interests.keys() - self._interests_held:
                 await self._hold_interest(connection, queue)
+
+    async def _send_proof(self, connection: TrioConnection, control: str) -> None:
+        """Send it from another connection if there is a pooler, which gives process numbers of its own.
+
+        Through the same one it would be part of an answer, and come through where nothing else that is notified does.
+        """
+        if await self._store.server_process(connection) == connection.info.backend_pid:
+            await self._store.notify(connection, control, self._proof)
+        else:
+            async with self._connection() as another:
+                await self._store.notify(another, control, self._proof)
 
     async def _hear_all(self, connection: TrioConnection) -> None:
         if added := self._channels.keys() - self._listening:

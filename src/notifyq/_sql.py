@@ -304,7 +304,7 @@ def as_ours(error: psycopg.Error) -> NotifyqError | None:
         return kind(_message(error, kind))
     if is_connection_loss(error):
         return ConnectionLost(f"the connection to the server broke: {_first_line(error)}")
-    if (error.sqlstate or "")[:2] in _PASSING:
+    if _is_passing(error):
         return ServerTrouble(f"the server could not do it now: {_first_line(error)}")
     return None
 
@@ -312,6 +312,11 @@ def as_ours(error: psycopg.Error) -> NotifyqError | None:
 def reason(error: Exception) -> str:
     """What went wrong, fit for a log: the server's details and contexts, which may hold rows, are left out."""
     return _first_line(error) if isinstance(error, psycopg.Error) and error.sqlstate else str(error)
+
+
+def _is_passing(error: psycopg.Error) -> bool:
+    """Whether the same may succeed later. The NOTIFY queue is full: else a limit is the statement's own fault."""
+    return (error.sqlstate or "")[:2] in _PASSING or (error.sqlstate == "54000" and error.diag.source_file == "async.c")
 
 
 def is_connection_loss(error: psycopg.Error) -> bool:

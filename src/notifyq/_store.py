@@ -311,6 +311,10 @@ class Store(Claims, Serving):
     async def notify(self, connection: TrioConnection, channel: str, payload: str) -> None:
         await self._calls.value(connection, "select pg_notify($1, $2)", channel, payload)
 
+    async def server_process(self, connection: TrioConnection) -> int:
+        """The number of the server process that does this connection's work now."""
+        return int(await self._calls.value(connection, "select pg_backend_pid()"))
+
     async def hold_interest(self, connection: TrioConnection, queue: int) -> bool:
         return bool(await self._calls.value(connection, "select {s}.hold_interest($1)", queue))
 

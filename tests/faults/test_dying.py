@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import trio
 import trio.lowlevel
 
 import notifyq
 from notifyq import Job, Queue, events
 from notifyq._store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 APP = """
 import notifyq, trio
@@ -238,16 +238,3 @@ async def test_a_runtime_that_lost_its_lease_cancels_its_handlers_and_registers_
     with trio.fail_after(10):
         await cancelled.wait()
         assert await nq.result(sent) == 2
-
-
-@pytest.mark.parametrize("seed", [1])
-async def test_a_short_soak_accounts_for_every_job(server, seed):
-    path = Path(__file__).with_name("soak.py")
-    spec = importlib.util.spec_from_file_location("soak", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with trio.fail_after(120):
-        report = await module.soak(server, 15, seed, 2.0)
-    assert report["sent"] > 500

@@ -5,119 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import psycopg
 import pytest
 import trio
 import trio.testing
 
 import notifyq
 from notifyq import Job, Queue, events
+from tests.faults.chaos.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-
-
-class Link:
-    """One connection through the proxy. Frozen: it stays open, and nothing comes through."""
-
-    def __init__(self, *, frozen: bool) -> None:
-        self.scope = trio.CancelScope()
-        self._flows = trio.Event()
-        if not frozen:
-            self._flows.set()
-
-    def freeze(self) -> None:
-        self._flows = trio.Event()
-
-    def thaw(self) -> None:
-        self._flows.set()
-
-    async def flowing(self) -> None:
-        while not self._flows.is_set():
-            await self._flows.wait()
-
-
-class Proxy:
-    """A TCP port on the loopback that leads to the server, wherever that listens."""
-
-    def __init__(self, dsn: str) -> None:
-        self._dsn = dsn
-        self._links: set[Link] = set()
-        self._new_frozen = False
-        self.accepted = 0
-        self.deaf = False
-        """Notifications are dropped, as a transaction pooler does, which accepts LISTEN all the same."""
-        self.dropped = 0
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        port = listener.socket.getsockname()[1]
-        self.dsn = psycopg.conninfo.make_conninfo(
-            self._dsn, host="127.0.0.1", hostaddr="", port=port, sslmode="disable", gssencmode="disable"
-        )
-        task_status.started()
-        await trio.serve_listeners(self._serve, [listener])
-
-    def cut(self) -> None:
-        """Close every connection; new ones come through."""
-        for link in self._links:
-            link.scope.cancel()
-
-    def freeze(self, *, new: bool = False) -> None:
-        """Let nothing through on the connections that are open, nor on ``new`` ones."""
-        self._new_frozen = new
-        for link in self._links:
-            link.freeze()
-
-    def thaw(self) -> None:
-        """Let everything through, and what has been held up."""
-        self._new_frozen = False
-        for link in self._links:
-            link.thaw()
-
-    async def _serve(self, client: trio.SocketStream) -> None:
-        self.accepted += 1
-        link = Link(frozen=self._new_frozen)
-        self._links.add(link)
-        try:
-            with link.scope:
-                async with client, await self._open() as server, trio.open_nursery() as nursery:
-                    nursery.start_soon(self._pump, link, client, server)
-                    nursery.start_soon(self._pump, link, server, client, True)
-        finally:
-            self._links.discard(link)
-
-    async def _open(self) -> trio.SocketStream:
-        known = psycopg.conninfo.conninfo_to_dict(self._dsn)
-        host, port = str(known["host"]), int(known.get("port") or 5432)
-        if host.startswith("/"):
-            return await trio.open_unix_socket(f"{host}/.s.PGSQL.{port}")
-        return await trio.open_tcp_stream(host, port)
-
-    async def _pump(
-        self, link: Link, source: trio.SocketStream, sink: trio.SocketStream, from_server: bool = False
-    ) -> None:
-        rest = b""
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async for received in source:
-                await link.flowing()
-                data = bytes(received)
-                if from_server:
-                    data, rest = self._without_notifications(rest + data)
-                await sink.send_all(data)
-        await link.flowing()
-        link.scope.cancel()
-
-    def _without_notifications(self, data: bytes) -> tuple[bytes, bytes]:
-        """The whole messages in ``data``, without notifications if ``deaf``; and what is left."""
-        passed = []
-        while len(data) >= 5 and len(data) > (size := int.from_bytes(data[1:5], "big")):
-            if self.deaf and data[:1] == b"A":
-                self.dropped += 1
-            else:
-                passed.append(data[: size + 1])
-            data = data[size + 1 :]
-        return b"".join(passed), data
 
 
 @pytest.fixture
@@ -287,7 +184,8 @@ async def test_a_send_that_is_given_up_on_leaves_the_client_able_to_send(proxy, 
     assert [job.data for job in await nq.jobs()] == [2]
 
 
-async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(proxy, serve, nq, monkeypatch):
+@pytest.mark.parametrize("how", ["deaf", "pooling"])
+async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(proxy, serve, nq, monkeypatch, how):
     monkeypatch.setattr("notifyq._listener.CALL_TIMEOUT", 0.3)
     queue = Queue("q", int, int)
 
@@ -295,7 +193,7 @@ async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(pro
     async def work(job: Job[int]) -> int:
         return job.data
 
-    proxy.deaf = True
+    setattr(proxy, how, True)
     seen = await serve(queue, lease=3.0)
     with trio.fail_after(20):
         for number in range(3):
@@ -305,7 +203,7 @@ async def test_without_notifications_jobs_are_polled_for_and_it_is_said_once(pro
         assert of(seen, events.ListenerUp) == []
         [down] = of(seen, events.ListenerDown)
         assert "notifications do not arrive" in down.reason
-        proxy.deaf = False
+        setattr(proxy, how, False)
         while not of(seen, events.ListenerUp):
             await trio.sleep(0.01)
         with trio.fail_after(1):  # no beat is so soon

@@ -320,3 +320,32 @@ async def test_what_a_user_deallocates_in_a_transaction_costs_that_one(connectio
             await connection.fetch("select $1::int + 1", [b"1"])
         await connection.execute("rollback")
     assert await connection.fetch("select $1::int + 1", [b"1"]) == [(2,)]
+
+
+DEFERRED = """
+create table checked (does text);
+create function check_it() returns trigger language plpgsql as $$
+begin
+    if new.does = 'die' then
+        perform pg_terminate_backend(pg_backend_pid());
+    end if;
+    raise exception 'not at all' using errcode = '23514';
+end $$;
+create constraint trigger checks after insert on checked deferrable initially deferred
+for each row execute function check_it();
+"""
+
+
+@pytest.mark.parametrize("executions", [1, 4])
+async def test_what_fails_when_it_commits_has_failed(connection, executions):
+    """The rows have been returned by then: a full NOTIFY queue, a full disk, a serialization failure."""
+    await connection.execute(DEFERRED)
+    statement = "insert into checked values ($1) returning does"
+    for _ in range(executions):
+        with pytest.raises(psycopg.errors.CheckViolation, match="not at all"):
+            await connection.fetch(statement, [b"fail"])
+        assert connection.clean
+    assert await value(connection, "select count(*) from checked") == 0
+    with pytest.raises(psycopg.errors.AdminShutdown):
+        await connection.fetch(statement, [b"die"])
+    assert connection.closed

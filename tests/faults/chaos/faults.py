@@ -1,0 +1,220 @@
+"""What is done to workers, connections and a server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import psycopg
+import trio
+
+from .queues import BULK
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping
+    from pathlib import Path
+
+    from .cell import Scene
+    from .workers import Worker
+
+__all__ = [
+    "Backends",
+    "Crash",
+    "Fault",
+    "Kill",
+    "KillDefault",
+    "Nothing",
+    "Restart",
+    "RestartImmediate",
+    "Stop",
+    "Terminate",
+]
+
+
+BLOCKED_MS = 500
+"""How long a handler holds up its process's event loop, so that it can be stopped there."""
+
+
+class Fault:
+    """One way to break things. A class for each; its docstring is what docs/faults.md says of it."""
+
+    name: str
+    lease = 2.0
+    pool = 4
+    """Connections that the handlers of a worker share."""
+    senders = 10
+    """Connections that the senders share."""
+    rate = 1e9
+    """Most bulk jobs in a second."""
+    pause = 2.0
+    """Seconds between two blows, on average."""
+    settings: Mapping[str, str] = {}
+    """Of the server."""
+    share = 1.0
+    """Of the load's time; most have one."""
+    goal: float | None = None
+    """Seconds in which it has to be got over."""
+    drain = 90.0
+    """Seconds in which everything has to have ended after the load: retries, leases and reconnects included."""
+    patience = 20.0
+    """Seconds in which what a killed worker left has to be gone: its lease, and the server's keepalive."""
+
+    def missing(self) -> str | None:
+        """Why it cannot be tried on this machine."""
+        return None
+
+    def place(self, folder: Path) -> Path:
+        """Where the server's data directory is to be."""
+        return folder / "data"
+
+    def leave(self, folder: Path) -> None:
+        """Clean up after the server has gone."""
+
+    @contextlib.asynccontextmanager
+    async def stage(self, scene: Scene) -> AsyncIterator[None]:
+        """What there is for the time that the workers run."""
+        yield
+
+    async def inflict(self, scene: Scene) -> None:
+        """One blow."""
+
+    async def mend(self, scene: Scene) -> None:
+        """The last blow has been dealt: put everything in order."""
+
+    def expected(self, scene: Scene) -> Iterable[str]:
+        """Complaints if the fault did not do what it is there for."""
+        return ()
+
+
+def somebody(scene: Scene) -> Worker:
+    """A worker, by chance."""
+    return scene.dice.choice(scene.workers.all)
+
+
+class Nothing(Fault):
+    """Nothing is broken: what is counted here is what the harness itself does not see rightly."""
+
+    name = "none"
+
+
+class Kill(Fault):
+    """`kill -9` of a worker at a random moment; another is started in its place. Leases of 2 s."""
+
+    name = "kill"
+    goal = 2.5
+
+    async def inflict(self, scene: Scene) -> None:
+        worker = somebody(scene)
+        with scene.incident("kill", worker.name, waits_for="affected"):
+            await scene.workers.end(worker, signal.SIGKILL)
+
+
+class KillDefault(Kill):
+    """The same with the default lease of 12 s."""
+
+    name = "kill-default-lease"
+    lease = 12.0
+    goal = 15.0
+    pause = 8.0
+
+
+class Terminate(Fault):
+    """SIGTERM to a worker at a random moment, with a grace of 1 s; another is started in its place."""
+
+    name = "sigterm"
+
+    async def inflict(self, scene: Scene) -> None:
+        worker = somebody(scene)
+        with scene.incident("sigterm", worker.name, excuses=False):
+            await scene.workers.end(worker, signal.SIGTERM)
+
+
+class Stop(Fault):
+    """SIGSTOP of a worker in the midst of a handler for twice its lease, then SIGCONT: what it settles then is refused."""
+
+    name = "stop"
+    goal = 2.5
+
+    async def inflict(self, scene: Scene) -> None:
+        job = await scene.send(BULK.name, -BLOCKED_MS, priority=9)
+        run = await scene.started(job)
+        worker = next((worker for worker in scene.workers.all if worker.name == run.process), None)
+        if worker is None:  # somebody else has ended it
+            return
+        with scene.incident("stop", worker.name, waits_for="affected"):
+            worker.process.send_signal(signal.SIGSTOP)
+            try:
+                await trio.sleep(2 * self.lease)
+            finally:
+                worker.process.send_signal(signal.SIGCONT)
+
+    def expected(self, scene: Scene) -> Iterable[str]:
+        if not scene.ledger.events["LeaseLost"]:
+            yield "no outcome of a stopped worker was refused"
+        if not scene.ledger.events["LeaseGivenUp"]:
+            yield "no stopped worker gave its lease up"
+
+
+VICTIMS = {
+    "listener": "application_name = 'notifyq listener'",
+    "claimer": "query like '%%.claim(%%'",
+    "settler": "query like '%%.complete(%%'",
+    "all": "backend_type = 'client backend'",
+}
+
+
+class Backends(Fault):
+    """`pg_terminate_backend` of listeners, of what claims, of what settles, or of all connections."""
+
+    name = "terminate-backend"
+    pause = 1.0
+
+    async def inflict(self, scene: Scene) -> None:
+        victims = scene.dice.choice(list(VICTIMS))
+        with scene.incident(f"terminated {victims}", waits_for="sent"), contextlib.suppress(psycopg.Error):
+            await scene.query(
+                "select pg_terminate_backend(pid) from pg_stat_activity"
+                f" where pid <> pg_backend_pid() and {VICTIMS[victims].replace('%%', '%')}"
+            )
+
+
+class Restart(Fault):
+    """The server is stopped (fast: its clients are told) and started half a second later."""
+
+    name = "restart-fast"
+    goal = 2.0
+    pause = 5.0
+    number = signal.SIGINT
+
+    async def inflict(self, scene: Scene) -> None:
+        with scene.incident(self.name, waits_for="any"):
+            await scene.server.stop(self.number)
+            await trio.sleep(0.5)
+            await scene.server.start()
+
+
+class RestartImmediate(Restart):
+    """The same, stopped immediately: it comes back by crash recovery."""
+
+    name = "restart-immediate"
+    number = signal.SIGQUIT
+
+
+class Crash(Fault):
+    """`kill -9` of one of the server's processes: it ends all of them, and recovers."""
+
+    name = "server-crash"
+    goal = 2.0
+    pause = 5.0
+
+    async def inflict(self, scene: Scene) -> None:
+        with scene.incident(self.name, waits_for="any"):
+            pids = await scene.query(
+                "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
+            )
+            if pids:
+                os.kill(scene.dice.choice(sorted(pids))[0], signal.SIGKILL)
+            await trio.sleep(0.5)
+            await scene.server.accepting()

@@ -1,0 +1,210 @@
+"""Holds the ledger against the database: what is lost, what ran twice, and why."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from .ledger import Incident, Ledger, Run, Send
+
+__all__ = ["Found", "Verdict", "judge", "recoveries"]
+
+CLAIMED_BEFORE = 15.0
+"""Seconds by which a job may have been claimed before it begins: the default lease, and a little."""
+
+SETTLED_AFTER = 15.0
+"""Seconds in which a completion is stored, or given up: the longest that a runtime waits for an answer, and a little."""
+
+CLOCKS = 0.01
+"""Seconds that the server's clock and this process's may go apart while a delayed job waits."""
+
+ENDED = ("completed", "failed", "cancelled")
+
+SHOWN = 5
+"""Job ids in a complaint."""
+
+
+@attrs.frozen
+class Found:
+    """A job as the database has it at the end."""
+
+    queue: str
+    state: str | None
+    """None: no ticket is left of it."""
+    attempt: int | None
+    retry_limit: int
+    error: str | None
+    """Of its last failed attempt."""
+    origin: int | None = None
+    """Of a dead letter: the job that failed."""
+
+
+@attrs.define
+class Verdict:
+    """What became of the jobs."""
+
+    sent: int = 0
+    ran: int = 0
+    lost: list[int] = attrs.Factory(list)
+    stuck: list[int] = attrs.Factory(list)
+    explained: Counter[str] = attrs.Factory(Counter)
+    """Jobs that ran to their end more than once, by what was done to their worker or the server then."""
+    unexplained: list[int] = attrs.Factory(list)
+    complaints: list[str] = attrs.Factory(list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is lost, stuck or unexplained, and nothing else is wrong."""
+        return not (self.lost or self.stuck or self.unexplained or self.complaints)
+
+    def complain(self, what: str, jobs: list[int] | None = None) -> None:
+        """Add a complaint, if there are such jobs."""
+        if jobs is None:
+            self.complaints.append(what)
+        elif jobs:
+            self.complaints.append(f"{len(jobs)} jobs {what}: {', '.join(map(str, jobs[:SHOWN]))}")
+
+
+def judge(ledger: Ledger, found: dict[int, Found]) -> Verdict:
+    """Account for every job."""
+    verdict = Verdict(sent=len(ledger.sends), ran=len(ledger.runs))
+    ended: dict[int, list[Run]] = defaultdict(list)
+    for run in ledger.runs:
+        if run.ended is not None:
+            ended[run.job].append(run)
+    for job, send in ledger.sends.items():
+        _account(verdict, job, send, found.get(job), job in ended)
+    for job, runs in ended.items():
+        if len(runs) > 1:
+            _explain(verdict, job, runs, ledger.incidents)
+    _check_strangers(verdict, ledger, found)
+    _check_order(verdict, ledger, ended, found)
+    _check_dead_letters(verdict, found)
+    return verdict
+
+
+def _account(verdict: Verdict, job: int, send: Send, found: Found | None, ran: bool) -> None:
+    """Every acknowledged job has run to its end, or stands in a state that says why not."""
+    if found is None:
+        verdict.lost.append(job)
+    elif found.state == "completed":
+        if not ran:
+            verdict.lost.append(job)
+    elif found.state == "failed":
+        if found.error is None or (found.attempt or 0) <= found.retry_limit:
+            verdict.complain(f"job {job} failed without a reason: attempt {found.attempt}, {found.error}")
+    elif found.state == "cancelled":
+        if not send.after:
+            verdict.complain(f"job {job} was cancelled by nobody")
+    elif found.queue != "dead":
+        verdict.stuck.append(job)
+
+
+def _explain(verdict: Verdict, job: int, runs: list[Run], incidents: list[Incident]) -> None:
+    """Each run but the last must have met with something that kept its completion from being stored."""
+    runs = sorted(runs, key=lambda run: run.began)
+    kinds = [_between(first, second, incidents) for first, second in itertools.pairwise(runs)]
+    if None in kinds:
+        verdict.unexplained.append(job)
+    else:
+        verdict.explained[str(kinds[0])] += 1
+
+
+def _between(first: Run, second: Run, incidents: list[Incident]) -> str | None:
+    """What kept the first one's completion from being stored, or let the second one begin with a claim that was too old."""
+    assert first.ended is not None
+    for incident in (incident for incident in incidents if incident.excuses):
+        if (
+            incident.process in (None, first.process)
+            and first.began - CLAIMED_BEFORE <= incident.ended
+            and incident.began <= min(second.began, first.ended + SETTLED_AFTER)
+        ) or (
+            incident.process == second.process
+            and second.attempt < first.attempt
+            and incident.began <= first.began <= incident.ended
+        ):
+            return incident.kind
+    return None
+
+
+def _check_strangers(verdict: Verdict, ledger: Ledger, found: dict[int, Found]) -> None:
+    """Jobs that no send returned are those of sends that did not return."""
+    strangers = [job for job, one in found.items() if job not in ledger.sends and one.queue != "dead"]
+    if len(strangers) > ledger.unknown:
+        verdict.complain(f"that nobody sent (at most {ledger.unknown} may be)", strangers)
+    verdict.stuck += [job for job in strangers if found[job].state not in ENDED]
+    verdict.complain("ran and are not in the database", sorted({run.job for run in ledger.runs} - found.keys()))
+    for key, jobs in ledger.id_keys.items():
+        if len(jobs) > 1:
+            verdict.complain(f"were made for the id_key {key}", sorted(jobs))
+
+
+def _check_order(verdict: Verdict, ledger: Ledger, ended: dict[int, list[Run]], found: dict[int, Found]) -> None:
+    """Nothing starts before it is due, or before the jobs that it comes after have ended."""
+    early, hasty = [], []
+    for run in ledger.runs:
+        send = ledger.sends.get(run.job)
+        if send is None:
+            continue
+        if send.delay and run.began < send.called + send.delay - CLOCKS:
+            early.append(run.job)
+        for parent in send.after:
+            first = min((one.ended for one in ended[parent] if one.ended is not None), default=None)
+            if first is None or first > run.began:
+                hasty.append(run.job)
+    verdict.complain("started before they were due", early)
+    verdict.complain("started before the jobs that they come after had ended", hasty)
+
+
+def _check_dead_letters(verdict: Verdict, found: dict[int, Found]) -> None:
+    """One dead letter for each job that failed, and none else."""
+    letters = Counter(one.origin for one in found.values() if one.queue == "dead")
+    failed = {job for job, one in found.items() if one.queue == "luck" and one.state == "failed"}
+    verdict.complain("failed without a dead letter", sorted(failed - letters.keys()))
+    verdict.complain(
+        "have a dead letter too many", sorted(job or 0 for job in letters if letters[job] > 1 or job not in failed)
+    )
+
+
+def recoveries(ledger: Ledger) -> list[float]:
+    """Seconds until a job started again, of each incident that waits for that and was met with one.
+
+    ``affected``: one that the process was running; from the incident's beginning. ``sent``: one that was sent after its
+    beginning; from there. ``any``: whichever; from the incident's end.
+    """
+    runs = sorted(ledger.runs, key=lambda run: run.began)
+    begins = [run.began for run in runs]
+    by_job: dict[int, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_job[run.job].append(run)
+    waits = []
+    for incident in ledger.incidents:
+        since = incident.ended if incident.waits_for == "any" else incident.began
+        later = itertools.islice(runs, bisect_right(begins, since), None)
+        match incident.waits_for:
+            case "any":
+                again = next((run.began for run in later), None)
+            case "sent":
+                sends = ledger.sends
+                again = next((run.began for run in later if run.job in sends and sends[run.job].called > since), None)
+            case "affected":
+                cut_off = {
+                    run.job
+                    for run in runs
+                    if run.process == incident.process
+                    and run.began < since
+                    and (run.ended is None or run.ended > since)
+                }
+                again = next(
+                    (run.began for run in later if run.job in cut_off and run.process != incident.process), None
+                )
+            case _:
+                continue
+        if again is not None:
+            waits.append(again - since)
+    return waits
