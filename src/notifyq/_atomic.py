@@ -131,8 +131,12 @@ class Atomic:
         if connection.pgconn.transaction_status == TransactionStatus.IDLE:
             raise RuntimeError("the handler ended the transaction that its job's completion belongs to")
         await trio.lowlevel.checkpoint_if_cancelled()  # before anything is sent: then there is nothing to drain
+        output = f"[{outcome.output}]"
         try:
-            done = await self._store.complete(connection, [job.id], f"[{outcome.output}]", [job.attempt], self._runtime)
+            # From here on it holds what others wait for, of a queue with rules: not for as long as this process is stopped.
+            done = await self._store.complete(
+                connection, [job.id], output, [job.attempt], self._runtime, commit_within=ANSWER_TIMEOUT
+            )
         except psycopg.DatabaseError as error:
             if (error.sqlstate or "")[:2] in DATA_ERRORS:
                 raise _RolledBack(output_refused(outcome, error)) from error

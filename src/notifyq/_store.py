@@ -106,16 +106,19 @@ class Store(Claims, Serving):
         outputs: str | None,
         attempts: Sequence[int] | None,
         runtime: UUID | None,
+        *,
+        commit_within: float | None = None,
     ) -> list[int]:
-        """Complete jobs, given by id in order. ``outputs``: a JSON array. Returns those that were still ours."""
-        ids: list[int] = await self._calls.value(
-            connection,
-            "select {s}.complete($1::bigint[], $2::jsonb, $3::int[], $4::uuid)",
-            jobs,
-            outputs,
-            attempts,
-            runtime,
-        )
+        """Complete jobs, given by id in order. ``outputs``: a JSON array. Returns those that were still ours.
+
+        ``commit_within``: seconds after which the server ends a transaction that it was done in and that stands idle.
+        """
+        statement: LiteralString = "select {s}.complete($1::bigint[], $2::jsonb, $3::int[], $4::uuid)"
+        arguments: list[Any] = [jobs, outputs, attempts, runtime]
+        if commit_within is not None:
+            statement += ", set_config('idle_in_transaction_session_timeout', $5, true)"
+            arguments.append(round(commit_within * 1000))
+        ids: list[int] = await self._calls.value(connection, statement, *arguments)
         return ids
 
     async def fail(

@@ -11,6 +11,7 @@ import trio.testing
 
 import notifyq
 from notifyq import Connection, Job, Queue
+from notifyq._atomic import Atomic
 from notifyq._models import Completed
 from notifyq._verdict import judge
 from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
@@ -367,6 +368,31 @@ async def test_a_commit_that_takes_too_long_is_ended_and_the_job_runs_again(
     assert event.attempt >= 2
     assert {failed.type for failed in seen.of(JobFailed)} == {"ConnectionLost"}
     assert "no answer within 0.5 s" in seen.of(JobFailed)[0].message
+    assert (await nq.get(sent)).output == 1
+    assert await written() == [1]
+
+
+async def test_a_process_that_stands_still_before_the_commit_holds_nobody_up_for_ever(
+    start, nq, dsn, written, monkeypatch
+):
+    monkeypatch.setattr("notifyq._atomic.ANSWER_TIMEOUT", 0.5)
+    queue = queue_of(write, policy="singleton", retry_limit=20)
+    completes = Atomic._complete
+    others: list[int] = []
+
+    async def stands_still(*arguments: Any) -> None:
+        await completes(*arguments)
+        if not others:  # the loop is blocked until somebody else has got what that transaction held
+            with psycopg.connect(dsn, autocommit=True) as blocking:
+                blocking.execute("set lock_timeout = '10 s'")
+                others.append(len(blocking.execute("select from notifyq.gate for update").fetchall()))
+
+    monkeypatch.setattr(Atomic, "_complete", stands_still)
+    seen = await start(queue)
+    sent = await nq.send(queue, 1)
+    [event] = await seen.wait(JobCompleted, seconds=20)
+    assert others == [1]
+    assert event.attempt >= 2
     assert (await nq.get(sent)).output == 1
     assert await written() == [1]
 
