@@ -50,6 +50,8 @@ FIGURES = {
     "senders": {
         "sends_per_second",
         "no_notify_sends_per_second",
+        "always_sends_per_second",
+        "over_always",
         "fraction_of_no_notify",
         "limit_sends_per_second",
         "fraction_of_limit",

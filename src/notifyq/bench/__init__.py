@@ -20,6 +20,7 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``keys.singleton_N_jobs_per_second``, ``key_limit_5_N_…`` | jobs of N keys, others hold 100,000 back (or 20 ``--jobs``) |
 | ``keys.freed_p50_ms``, ``plain_p50_ms`` | end of a job to the start of the next of its key; plain pickup |
 | ``keys.freed_over_plain`` | one over the other |
+| ``senders.always_sends_per_second``, ``over_always`` | the same with ``bell="always"``; by how much the default is faster |
 | ``flows.sent_jobs_per_second``, ``run_jobs_per_second`` | 10,000 jobs between one before and one after them |
 | ``senders.sends_per_second`` | ``notifyq.send()`` of one job a transaction, by all senders, while workers are busy |
 | ``senders.no_notify_sends_per_second``, ``fraction_of_no_notify`` | the same with ``bell="never"``; one over the other |

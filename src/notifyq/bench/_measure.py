@@ -143,5 +143,6 @@ async def _make_queues(dsn: str, kept: bool) -> None:
         await nq.create_queue(Queue("bench.chain", policy="singleton", retention=KEPT))
         await nq.create_queue(Queue("bench.send_default", retention=KEPT))
         await nq.create_queue(Queue("bench.send_no_notify", retention=KEPT, bell="never"))
+        await nq.create_queue(Queue("bench.send_always", retention=KEPT, bell="always"))
         for queue in (*RULES.values(), *STEADY):
             await nq.create_queue(queue)

@@ -39,7 +39,7 @@ ALL = {
     "latency": Kind(latency, ("jobs",)),
     "keys": Kind(keys, ("jobs", "processes", "concurrency")),
     "flows": Kind(flows, ("processes", "concurrency", "kept")),
-    "senders": Kind(senders, ("senders", "seconds", "processes", "concurrency"), seconds=18.0),
+    "senders": Kind(senders, ("senders", "seconds", "processes", "concurrency"), seconds=24.0),
     "sustained": Kind(sustained, ("seconds", "concurrency"), seconds=30.0, repeat=1, warm_up=0),
     "pinned": Kind(pinned, ("seconds", "concurrency"), seconds=60.0, repeat=1, warm_up=0),
     "idle": Kind(idle, ("seconds", "queues"), seconds=60.0, queues=10, repeat=1, warm_up=0),

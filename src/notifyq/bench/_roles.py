@@ -84,7 +84,7 @@ async def slow(dsn: str, concurrency: int) -> None:
     async def sleep(_: Job[int]) -> None:
         await trio.sleep(GAP)
 
-    queues: list[Queue[int, None]] = [Queue(f"bench.send_{kind}", int) for kind in ("default", "no_notify")]
+    queues: list[Queue[int, None]] = [Queue(f"bench.send_{kind}", int) for kind in ("default", "no_notify", "always")]
     for queue in queues:
         queue.worker(concurrency=concurrency)(sleep)
     await serve(Runtime(queues, dsn=dsn, migrate=False))

@@ -24,10 +24,10 @@ BUSY = 200
 
 
 def senders(settings: Settings, tell: Tell) -> Found:
-    """Sends/s of single rows, one a transaction, while workers are busy; the same without bell; bare inserts.
+    """Sends/s of single rows, one a transaction, while workers are busy; without bell; always ringing; bare inserts.
 
     Two processes share the connections and drive libpq by hand, see ``_sending``. Every job takes the workers 20 ms,
-    and more wait than they can run, in both queues, at every turn: what they take from the senders is the same for all.
+    and more wait than they can run, in all queues, at every turn: what they take from the senders is the same for all.
     """
     kinds = list(STATEMENTS) * TURNS
     processes = min(PROCESSES, settings.senders)
@@ -37,7 +37,7 @@ def senders(settings: Settings, tell: Tell) -> Found:
     with ExitStack() as stack:
         with psycopg.connect(settings.dsn, autocommit=True) as connection:
             waiting = json.dumps([{"data": 0}] * (BUSY * settings.concurrency * settings.processes))
-            for kind in ("default", "no_notify"):
+            for kind in ("default", "no_notify", "always"):
                 connection.execute(SEND_TO, (f"bench.send_{kind}", waiting))
         for _ in range(settings.processes):
             stack.enter_context(Role("slow", settings.dsn, settings.concurrency))
@@ -55,6 +55,8 @@ def senders(settings: Settings, tell: Tell) -> Found:
         "sends_per_second": sent["default"],
         "no_notify_sends_per_second": sent["no_notify"],
         "fraction_of_no_notify": sent["default"] / sent["no_notify"],
+        "always_sends_per_second": sent["always"],
+        "over_always": sent["default"] / sent["always"],
         "limit_sends_per_second": sent["limit"],
         "fraction_of_limit": sent["default"] / sent["limit"],
         "senders": settings.senders,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STATEMENTS", "send_singles"]
 
-STATEMENTS = {"default": SEND_ONE, "no_notify": SEND_ONE, "limit": BARE_SEND_ONE}
+STATEMENTS = {"default": SEND_ONE, "no_notify": SEND_ONE, "always": SEND_ONE, "limit": BARE_SEND_ONE}
 """By kind of turn: what is sent. The queue is ``bench.send_<kind>``; the limit's table has none."""
 
 
