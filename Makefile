@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test bench compare chaos clean
+.PHONY: demo test bench compare chaos matrix clean
 
 demo: $(STAMP)
 	@$(BIN)/notifyq demo
@@ -28,6 +28,10 @@ compare: $(STAMP)
 chaos: $(STAMP)
 	@$(BIN)/python -m tests.faults.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON)) $(FAULTS)
 
+# Half an hour and more in all. Fewer cells: make matrix VERSIONS='13 16', DEPENDENCIES=lowest, PYTHONS=python3.13, ONLY=tests/sql
+matrix: $(STAMP)
+	@$(BIN)/python tests/matrix.py $(VERSIONS:%=--server %) $(DEPENDENCIES:%=--dependencies %) $(PYTHONS:%=--python %) $(ONLY)
+
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"notifyq needs Python 3.11 or newer, not {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +39,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) benchmarks/compare/.peers dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) benchmarks/compare/.peers .matrix dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
