@@ -78,7 +78,6 @@ class Claimer:
         self._say_taken = say_taken
         self._watch = Watch()
         self.fleet = Fleet()
-        self._release = release
         self.hands = Hands(capacity, release)
         self._events = events
         self._floor = Floor(priorities)
@@ -330,8 +329,7 @@ class Claimer:
 
     def _deliver(self, jobs: list[Claimed]) -> None:
         if self._paused:  # they were claimed before that
-            for job in jobs:
-                self._release(job)
+            self.hands.release(jobs)
             return
         if not jobs:
             return

@@ -82,9 +82,13 @@ class Hands:
 
     def hand_back(self) -> None:
         """All jobs that have not been taken."""
-        for job in self.shelf.take_back():
-            self._release(job)
+        self.release(self.shelf.take_back())
         self._room.ring()
+
+    def release(self, jobs: list[Claimed]) -> None:
+        """Hand back jobs that are nowhere here."""
+        for job in jobs:
+            self._release(job)
 
     def hand_back_stale(self) -> None:
         """The same if the first of them has waited too long."""
