@@ -13,9 +13,10 @@ import attrs
 import trio
 
 from ._bell import Bell
-from ._errors import InvalidData, InvalidOption
+from ._errors import InvalidData, InvalidOption, LeaseLost
 from ._middleware import wrap
 from ._queue import job_of
+from ._threads import Threads
 from ._verdict import data_invalid, interrupted, judge, judge_batch, timed_out
 from .events import HandlerStuck
 
@@ -39,7 +40,10 @@ TURN = 0.005
 
 @attrs.define(eq=False)
 class _Run:
-    """One slot's calls of the worker, one after the other, for as long as none of them is cancelled."""
+    """One slot's calls of the worker, one after the other, for as long as none of them is cancelled or comes too late.
+
+    The scope is that of all of them; the other fields are those of the call under way.
+    """
 
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     batch: list[Claimed] = attrs.field(factory=list)
@@ -52,7 +56,7 @@ class _Run:
     noted: bool = False
     """It is among those whose scopes get their deadline if they still run when that is next done."""
     cancelled: bool = False
-    """Its scope was: it can serve for no further call."""
+    """Its scope was, or the call came too late or was given up: it serves for no further call."""
     reason: str | None = None
     """Why it is being cancelled: ``cancel``, ``lost``, ``shutdown`` or ``unstarted``; a timeout needs none."""
     given_up: bool = False
@@ -100,37 +104,24 @@ class Executor:
         self._turn_is_over = False
         self._set_out: list[_Run] = []
         self._watch = Bell()
-        self._threads = trio.CapacityLimiter(self._worker.concurrency)
-        self._threads_awaited: set[trio.CancelScope] = set()
+        self.threads = Threads(self._worker.concurrency)
         self._call = wrap(self._innermost(), (*middleware, *self._worker.middleware))
 
     def _innermost(self) -> Callable[[Any], Awaitable[Any]]:
         function = self._worker.function
         if self._worker.transaction:
-            return lambda job: function(job, self._runs[job.id].connection)
-        if self._worker.kind != "sync":
-            return function
+            return lambda job: function(job, self._connection_of(job))
+        return self.threads.call(function) if self._worker.kind == "sync" else function
 
-        async def in_thread(job: Any) -> Any:
-            # A thread can't be cancelled: the slot waits for it, unless the process is to end.
-            with trio.CancelScope(shield=True) as waiting:
-                self._threads_awaited.add(waiting)
-                try:
-                    return await trio.to_thread.run_sync(function, job, limiter=self._threads, abandon_on_cancel=True)
-                finally:
-                    self._threads_awaited.discard(waiting)
-            await trio.lowlevel.checkpoint()  # only an executor that is being cancelled leaves its threads
-            return None
-
-        return in_thread
-
-    def leave_threads(self) -> None:
-        """Wait no longer for functions that run in threads: they are left behind, and what they return is dropped."""
-        for waiting in list(self._threads_awaited):
-            waiting.cancel()
+    def _connection_of(self, job: Job[Any]) -> TrioConnection | None:
+        """Raises ``LeaseLost`` if a middleware held out until the job was taken away: it may run here again already."""
+        run = self._runs.get(job.id)
+        if run is None or run.jobs[0].attempt != job.attempt:
+            raise LeaseLost(job.id, job.attempt)
+        return run.connection
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run jobs until cancelled; a call under way is then cancelled, too (``drain`` first)."""
+        """Run jobs until cancelled; a call under way is then cancelled, too (``wait_idle()`` first)."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_deadlines)
             for _ in range(self._worker.concurrency):
@@ -156,7 +147,7 @@ class Executor:
 
     def keys(self) -> list[str]:
         """The key of each job whose handler has not returned."""
-        return [job.key or "" for run in self._runs.values() for job in run.jobs]
+        return [job.key or "" for run in set(self._runs.values()) for job in run.jobs]
 
     def together(self, job_id: int) -> list[Job[Any]]:
         """The running jobs of the call that handles this one, itself among them; none if it does not run here."""
@@ -206,18 +197,21 @@ class Executor:
                 with run.scope:  # it serves until it is cancelled: to enter one takes as long as a small job
                     while await self._take_and_call(run):
                         pass
-            except Exception as raised:  # what is left of a group whose other part was our cancelling
+            except Exception as raised:  # what is left of a group whose other part was our cancelling, above all
                 error = raised
             finally:
                 self._ends(run)
             self._settle_all(run, None, error)
+            await self._settled()
+            if trio.current_time() >= self._turn_ends:
+                await self._give_way()
 
     async def _take_and_call(self, run: _Run) -> bool:
         """One call of the worker, settled. False: the scope of the call has been cancelled."""
         run.batch = await self._claimer.hands.take(self._worker.batch_size)
         result: Any = None
         error: Exception | None = None
-        if self._begins(run):
+        if called := self._begins(run):
             try:
                 if self._worker.transaction:
                     result = await self._run_in_transaction(run)
@@ -230,7 +224,7 @@ class Executor:
         room = self._settle_all(run, result, error)
         if run.cancelled:
             return False
-        if not room:
+        if not room or not called:
             await self._settled()
         if trio.current_time() >= self._turn_ends:
             await self._give_way()
@@ -275,7 +269,10 @@ class Executor:
             self._watch.ring()
 
     async def _watch_deadlines(self) -> None:
-        """Give the calls that wait for something their deadlines. Those that never wait end before this comes to run."""
+        """Give the calls that wait for something their deadlines.
+
+        Those that never wait end before this comes to run; ``_judge()`` compares their end with ``run.deadline``.
+        """
         while True:
             await self._watch.wait()
             self._watch.clear()
@@ -308,6 +305,7 @@ class Executor:
 
     def _judge(self, run: _Run, result: Any, error: Exception | None) -> list[Outcome]:
         jobs, now = run.jobs, trio.current_time()
+        run.cancelled |= run.given_up
         if not jobs or run.given_up:
             return []
         if run.decided and error is None:

@@ -397,6 +397,36 @@ async def test_a_process_that_stands_still_before_the_commit_holds_nobody_up_for
     assert await written() == [1]
 
 
+async def test_an_attempt_given_up_in_its_middleware_does_not_write_in_the_next_ones_transaction(start, nq):
+    got: list[tuple[int, int]] = []
+    next_one, tried = trio.Event(), trio.Event()
+
+    async def hold(job: Job[int], call_next: Any) -> Any:
+        if job.attempt > 1:
+            return await call_next(job)
+        with trio.CancelScope(shield=True):
+            await next_one.wait()
+            try:
+                return await call_next(job)
+            finally:
+                tried.set()
+
+    queue = Queue("q", int, retry_limit=2, retry_delay=0, timeout=0.3)
+
+    @queue.worker(transaction=True, concurrency=2, middleware=[hold])
+    async def work(job: Job[int], connection: Connection) -> None:
+        got.append((job.attempt, id(connection)))
+        next_one.set()
+        with trio.CancelScope(shield=True):
+            await tried.wait()
+
+    seen = await start(queue, lease=1.0)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, seconds=20)
+    assert [attempt for attempt, _ in got] == [got[0][0]]
+    assert got[0][0] > 1
+
+
 async def test_a_timeout_during_the_commit_comes_too_late(start, nq, connection, written, monkeypatch):
     await slow_commit(connection, 1.5)  # longer than a handler that ignores its timeout is waited for
     runs: list[int] = []

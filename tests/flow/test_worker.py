@@ -15,6 +15,7 @@ import trio.lowlevel
 
 import notifyq
 from notifyq import Job, Queue
+from notifyq._executor import Executor
 from notifyq.events import HandlerStuck, JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost
 
 if TYPE_CHECKING:
@@ -218,6 +219,111 @@ async def test_what_cancels_one_call_of_a_slot_does_not_concern_its_next(start, 
     assert [event.type for event in await seen.wait(JobFailed, 3)] == ["ValueError", "timeout", "timeout"]
     assert len(await seen.wait(JobCancelled)) == 1
     assert ahead == [0, 0, 0, 0]
+
+
+async def test_a_slot_whose_call_was_given_up_before_it_waited_settles_its_next_job(start, nq, monkeypatch):
+    queue = Queue("q", int, timeout=0.1, retry_limit=0)
+    executors: list[Executor] = []
+    run = Executor.run
+
+    async def noted(self: Executor, **options: Any) -> None:
+        executors.append(self)
+        await run(self, **options)
+
+    monkeypatch.setattr(Executor, "run", noted)
+
+    @queue.worker(concurrency=1)
+    async def work(job: Job[int]) -> None:
+        if job.data == 0:
+            time.sleep(1.3)  # noqa: ASYNC251 - blocks the loop
+            # what a beat's answer does, if the scheduler comes to it before the deadlines are seen to
+            executors[0].give_up_stuck()
+
+    seen = await start(queue)
+    await nq.send(queue, 0)
+    await seen.wait(JobFailed)
+    sent = await nq.send(queue, 1)
+    await seen.wait(JobCompleted, seconds=5)
+    assert (await nq.get(sent)).state == "completed"
+
+
+async def test_calls_that_come_too_late_let_others_run(start, nq):
+    queue = Queue("q", int, timeout=0.02, retry_limit=0)
+    turn = 0
+    at: list[int] = []
+    done = trio.Event()
+
+    @queue.worker(concurrency=1)
+    async def work(job: Job[int]) -> None:
+        if job.data:
+            at.append(turn)
+            time.sleep(0.03)  # noqa: ASYNC251 - computes, and has not waited when it returns
+        if len(at) == 50:
+            done.set()
+
+    async def turns() -> None:
+        nonlocal turn
+        while not done.is_set():
+            turn += 1
+            await trio.lowlevel.checkpoint()
+
+    await nq.create_queue(queue)
+    await nq.send_many(queue, [0] * 3000 + [1] * 100)  # quick ones first: then many are claimed ahead
+    async with trio.open_nursery() as nursery:
+        await start(queue)
+        nursery.start_soon(turns)
+        with trio.fail_after(30):
+            await done.wait()
+    assert max(at.count(number) for number in set(at)) <= 3
+
+
+async def test_bad_data_does_not_pile_up_while_its_outcomes_cannot_be_written(start, nq, connection, other):
+    queue = Queue("q", int, retry_limit=0)
+
+    @queue.worker(concurrency=10)
+    async def work(job: Job[int]) -> None:
+        pass
+
+    async def active() -> int:
+        [count] = await (await connection.execute(b"select count(*) from notifyq.active")).fetchone()
+        return int(count)
+
+    await nq.create_queue(queue)
+    await connection.execute(b"select notifyq.send('q', '\"bad\"') from generate_series(1, 20000)")
+    async with other.transaction():
+        await other.execute(b"lock table notifyq.attempt in exclusive mode")
+        seen = await start(queue)
+        before, now = -1, 0
+        with trio.fail_after(30):
+            while not now or now != before:
+                await trio.sleep(0.5)
+                before, now = now, await active()
+        assert now < 10_000
+    await seen.wait(JobFailed, 20_000, seconds=60)
+
+
+async def test_key_limit_counts_each_job_of_a_batch_once(start, nq):
+    queue = Queue("q", int)
+    sizes: list[int] = []
+    go, first, both = trio.Event(), trio.Event(), trio.Event()
+
+    @queue.batch_worker(batch_size=3, concurrency=2, key_limit=6)
+    async def work(jobs: list[Job[int]]) -> None:
+        sizes.append(len(jobs))
+        (first if len(sizes) == 1 else both).set()
+        await go.wait()
+
+    await nq.create_queue(queue)
+    batch = [notifyq.NewJob(number, {"key": "a"}) for number in range(3)]
+    await nq.send_many(queue, batch)
+    seen = await start(queue)
+    with trio.fail_after(10):
+        await first.wait()
+        await nq.send_many(queue, batch)
+        await both.wait()
+    go.set()
+    await seen.wait(JobCompleted, 6)
+    assert sizes == [3, 3]
 
 
 async def test_single_sends_fill_the_free_slots_of_a_busy_worker(start, nq):
