@@ -19,6 +19,30 @@ begin
 end
 $$;
 
+-- The number, or NQ003: nothing can be done a negative number of times. Null: no limit.
+create or replace function notifyq.how_many_fits(how_many int) returns int
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if how_many_fits.how_many < 0 then
+        raise exception 'how_many must not be negative, and is %', how_many_fits.how_many using errcode = 'NQ003';
+    end if;
+    return how_many_fits.how_many;
+end
+$$;
+
+-- Refuses (NQ003) a time from now that is negative, null or over 100 years: it could not be added to a moment, or would never come.
+create or replace function notifyq.refuse_time(option text, value interval) returns void
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception '% must be from 0 to 100 years, not %', refuse_time.option, coalesce(refuse_time.value::text, 'null')
+    using errcode = 'NQ003';
+end
+$$;
+
 -- True, or NQ003: an option of one job is out of its range. Times are bounded (100 years), since
 -- one that overflowed later would hold up every claim of its queue.
 create or replace function notifyq.options_fit(
@@ -51,8 +75,10 @@ begin
     end if;
     if greatest(options_fit.delay, options_fit.retry_delay, options_fit.retry_delay_max, options_fit.timeout, options_fit.expire_in) > longest
         or options_fit.due_at > now() + longest
+        or options_fit.delay < - longest
     then
-        raise exception 'delay, due_at, retry_delay, retry_delay_max, timeout and expire_in must not be over 100 years' using errcode = 'NQ003';
+        raise exception 'delay, due_at, retry_delay, retry_delay_max, timeout and expire_in must not be over 100 years, nor delay below -100 years'
+        using errcode = 'NQ003';
     end if;
     return true;
 end

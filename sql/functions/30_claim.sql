@@ -53,8 +53,8 @@ begin
         raise exception 'claim works in READ COMMITTED transactions only, not %', upper(current_setting('transaction_isolation'))
         using errcode = 'NQ006', hint = 'Claim in a transaction of its own, or set its isolation level.';
     end if;
-    if refuse_claim.lease <= '0' then
-        raise exception 'lease must be above zero, not %', refuse_claim.lease using errcode = 'NQ003';
+    if (refuse_claim.lease > '0' and refuse_claim.lease <= '100 years') is false then
+        raise exception 'lease must be above zero and at most 100 years, not %', refuse_claim.lease using errcode = 'NQ003';
     end if;
     raise exception 'how_many must be 1 or more, not %', coalesce(refuse_claim.how_many::text, 'null') using errcode = 'NQ003';
 end
@@ -116,7 +116,7 @@ declare
     late notifyq.active[];
 begin
     -- One expression where several would read better: each is paid for by every claim.
-    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0', true)) is not true then
+    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0' and claim.lease <= '100 years', true)) is not true then
         perform notifyq.refuse_claim(claim.how_many, claim.lease);
     end if;
     -- The usual case in one query: with several, a claim on an idle system takes a third longer. Nothing is due
@@ -315,10 +315,15 @@ $$;
 
 -- Tells the other runtimes of a queue that these tickets, named by their numbers, are taken, and no others were left.
 create or replace function notifyq.say_taken(queue int, numbers text) returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-    select pg_notify(notifyq.channel(say_taken.queue), 't:' || say_taken.numbers)
+begin
+    if (say_taken.queue is not null and octet_length(say_taken.numbers) < 7990) is not true then
+        raise exception 'a queue''s number and fewer than 7990 bytes of numbers are needed' using errcode = 'NQ003'; -- a notification holds no more
+    end if;
+    perform pg_notify(notifyq.channel(say_taken.queue), 't:' || say_taken.numbers);
+end
 $$;
 
 -- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null, also

@@ -46,6 +46,9 @@ begin
     if jsonb_typeof(fail.errors) is distinct from 'array' or jsonb_array_length(fail.errors) <> cardinality(fail.jobs) then
         raise exception 'errors must be a JSON array of {type, message, traceback} with one element a job' using errcode = 'NQ003';
     end if;
+    if '100 years' < any (fail.retry_in) then
+        perform notifyq.refuse_time('retry_in', max(r)) from unnest(fail.retry_in) r;
+    end if;
     if exists (select from notifyq.gate) then
         perform notifyq.lock_gates(fail.jobs);
     end if;
@@ -142,6 +145,9 @@ declare
     cancelled notifyq.active[];
     again notifyq.active[];
 begin
+    if '100 years' < any (snooze.delays) then
+        perform notifyq.refuse_time('delays', max(d)) from unnest(snooze.delays) d;
+    end if;
     if exists (select from notifyq.gate) then
         perform notifyq.lock_gates(snooze.jobs);
     end if;

@@ -1,7 +1,7 @@
 -- Leases: a runtime holds one row and renews it; what a dead one held is rescued.
 
 -- Registers a runtime, or renews the registration of one whose lease was lost. queues: names, and
--- patterns with * for any run of characters: see served().
+-- patterns with * for any run of characters: see served(). Raises NQ003.
 create or replace function notifyq.register(
     runtime uuid,
     queues text[],
@@ -10,13 +10,21 @@ create or replace function notifyq.register(
     hostname text default '',
     version text default ''
 ) returns void
-language sql security definer
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
+begin
+    if num_nulls(register.runtime, register.queues, register.pid, register.hostname, register.version) > 0 then
+        raise exception 'runtime, queues, pid, hostname and version must not be null' using errcode = 'NQ003';
+    end if;
+    if (register.lease > '0' and register.lease <= '1 year') is not true then
+        raise exception 'lease must be above zero and at most a year, not %', coalesce(register.lease::text, 'null') using errcode = 'NQ003';
+    end if;
     insert into notifyq.runtime (id, queues, lease, lease_until, pid, hostname, version)
     values (register.runtime, register.queues, register.lease, clock_timestamp() + register.lease, register.pid, register.hostname, register.version)
     on conflict (id) do update
-    set (lease, lease_until, beat_at, stopping) = (excluded.lease, excluded.lease_until, excluded.beat_at, false)
+    set (lease, lease_until, beat_at, stopping) = (excluded.lease, excluded.lease_until, excluded.beat_at, false);
+end
 $$;
 
 -- Renews a runtime's lease, and is its poll: what it must know if every NOTIFY was lost.
@@ -116,20 +124,22 @@ as $$
     where a.runtime = held.runtime
 $$;
 
--- Gives an active job this much time from now; true if it was active.
+-- Gives an active job this much time from now; true if it was active. Raises NQ003.
 create or replace function notifyq.touch(job bigint, extend interval, attempt int default null, runtime uuid default null) returns boolean
-language sql security definer
+language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
-    with touched as (
-        update notifyq.active a
-        set deadline = clock_timestamp() + touch.extend + case when a.runtime is null then interval '0' else interval '1 minute' end
-        where a.job = touch.job
-        and (touch.attempt is null or a.attempt = touch.attempt)
-        and a.runtime is not distinct from touch.runtime
-        returning a.job
-    )
-    select exists (select from touched)
+begin
+    if (touch.extend between '0' and '100 years') is not true then
+        perform notifyq.refuse_time('extend', touch.extend);
+    end if;
+    update notifyq.active a
+    set deadline = clock_timestamp() + touch.extend + case when a.runtime is null then interval '0' else interval '1 minute' end
+    where a.job = touch.job
+    and (touch.attempt is null or a.attempt = touch.attempt)
+    and a.runtime is not distinct from touch.runtime;
+    return found;
+end
 $$;
 
 -- Stores the progress of an active job, visible while it runs; true if it was active.

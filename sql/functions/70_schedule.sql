@@ -302,6 +302,11 @@ declare
     q notifyq.queue;
     entry record;
 begin
+    if jsonb_typeof(declare_schedules.schedules) is distinct from 'array'
+        or jsonb_path_exists(declare_schedules.schedules, 'strict $[*] ? (@.type() <> "object")', silent => true)
+    then
+        raise exception 'schedules must be a JSON array of objects' using errcode = 'NQ003';
+    end if;
     if jsonb_array_length(declare_schedules.schedules) = 0
         and not exists (
             select from notifyq.schedule s
@@ -367,7 +372,7 @@ as $$
     join notifyq.queue q on q.number = s.queue
     where s.number <> all (schedules_ahead.besides)
     order by s.next_at nulls first
-    limit schedules_ahead.how_many
+    limit notifyq.how_many_fits(schedules_ahead.how_many)
 $$;
 
 -- Fires a schedule: sends its job and sets its next firing, if its next one is still the expected one; null: it was

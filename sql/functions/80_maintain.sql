@@ -12,6 +12,7 @@ declare
     late bigint[];
     ended notifyq.active[];
 begin
+    perform notifyq.how_many_fits(expire.how_many);
     if not pg_try_advisory_xact_lock(notifyq.lock_class('expire'), 0) then
         return 0;
     end if;
@@ -50,6 +51,7 @@ declare
     rested record;
     forgotten int := 0;
 begin
+    perform notifyq.how_many_fits(purge.how_many);
     if not pg_try_advisory_xact_lock(notifyq.lock_class('purge'), 0) then
         return 0;
     end if;

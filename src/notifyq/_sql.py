@@ -98,7 +98,8 @@ _ELSEWHERE = {
 KEY_MAX = 1000
 """Bytes; what ``sql/functions/10_send.sql`` takes, well within what an index entry may have."""
 
-YEAR = 365.0 * 86_400
+YEAR = 360.0 * 86_400
+"""Seconds: as PostgreSQL compares an interval of a year."""
 LONGEST = 100 * YEAR
 """Seconds: the longest duration that ``sql/functions/10_send.sql`` takes."""
 

@@ -214,6 +214,7 @@ TIMES = ("delay", "retry_delay", "retry_delay_max", "timeout", "expire_in")
         {"expire_in": "-1 s"},
         {"retry_delay": "-infinity"},
         {"retry_delay_max": "-1 s"},
+        {"delay": "-101 years"},
         {"priority": -32769},
         {"retry_limit": 1001},
     ],
@@ -280,6 +281,37 @@ async def test_a_queue_option_out_of_its_range_is_refused_by_create_and_update(a
             await ask(f"select notifyq.{function}(%s, %s::jsonb)", name, json.dumps(options))
         assert caught.value.sqlstate == "NQ003", caught.value
     assert await ask("select * from notifyq.queue") == before
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        *((f"touch(1, {value})", "extend") for value in ("'178000000 years'", "'-1 s'", "null")),
+        ("fail(1, 'bad', retry_in => '178000000 years')", "retry_in"),
+        ("fail('{1}'::bigint[], '[{}]', retry_in => '{101 years}')", "retry_in"),
+        ("snooze('{1}', '{178000000 years}')", "delays"),
+        ("claim('q', lease => '178000000 years')", "lease"),
+        ("claim('q', lease => '0')", "lease"),
+        *((f"register('{RUNTIME}', '{{q}}', {value})", "lease") for value in ("'2 years'", "'0'", "null")),
+        ("register(null, '{q}')", "runtime"),
+        (f"register('{RUNTIME}', null)", "queues"),
+        ("expire(-1)", "how_many"),
+        ("purge(-1)", "how_many"),
+        ("schedules_ahead(how_many => -1)", "how_many"),
+        ("say_taken(null, '1')", "number"),
+        ("say_taken(1, repeat('1', 8000))", "numbers"),
+        *((f"declare_schedules('q', '{value}')", "schedules") for value in ("null", "{}", "[null]", "[[{}]]", "5")),
+    ],
+)
+async def test_an_argument_out_of_its_range_is_named_and_changes_nothing(ask, queue, call, named):
+    await ask("select notifyq.send('q')")
+    await ask("select notifyq.send('q')")
+    assert await ask("select id from notifyq.claim('q')") == [(1,)]
+    before = await ask("select * from notifyq.jobs order by id")
+    with pytest.raises(psycopg.DatabaseError, match=named) as caught:
+        await ask(f"select notifyq.{call}")
+    assert caught.value.sqlstate == "NQ003", caught.value
+    assert await ask("select * from notifyq.jobs order by id") == before
 
 
 @pytest.mark.parametrize("option", [{}, {"priority": 1}, {"id_key": "k"}], ids=["plain", "with options", "with a key"])
