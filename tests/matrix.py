@@ -182,6 +182,15 @@ def _least(name: str) -> str:
 # cells
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End pytest: of itself, since it may have a server to stop, or else with all that it started."""
+    os.kill(process.pid, signal.SIGINT)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test(python: str | Path, tests: tuple[str, ...], dsn: str | None) -> tuple[int, int]:
     """Run these tests by this Python; how many passed, and how many did not."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(NOT_HANDED_ON)}
@@ -193,7 +202,7 @@ def test(python: str | Path, tests: tuple[str, ...], dsn: str | None) -> tuple[i
             try:
                 process.wait(LIMIT)
             except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
+                stop(process)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 raise NotHere(f"pytest did not end within {LIMIT} s") from None
@@ -224,6 +233,7 @@ def main(
     servers: tuple[str, ...], dependencies: tuple[str, ...], pythons: tuple[str, ...], tests: tuple[str, ...]
 ) -> None:
     """Run TESTS (default: the core) in the cells named, or in every cell."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
     if not servers + dependencies + pythons:
         servers, dependencies, pythons = SERVERS, ("lowest", "newest"), ("python3.11", "python3.12", "python3.13")
     cells = [("PostgreSQL", value) for value in servers]

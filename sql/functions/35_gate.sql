@@ -145,7 +145,7 @@ begin
     if admit.key_limit <= 0 then
         raise exception 'key_limit must be 1 or more, not %', admit.key_limit using errcode = 'NQ003';
     end if;
-    if jsonb_path_exists(admit.at_work, 'strict $ ? (@.type() != "object" || exists (@.* ? (@.type() != "number")))') then
+    if jsonb_path_exists(admit.at_work, 'strict $ ? (@.type() != "object" || exists (@.* ? (@.type() != "number" || @ < 0 || @ > 1000000)))') then
         raise exception 'at_work must be an object with the number of jobs of each key, like {"key": 1}, not %', admit.at_work
             using errcode = 'NQ003';
     end if;

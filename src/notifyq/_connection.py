@@ -202,7 +202,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             yield transaction
             await transaction.__aexit__(None, None, None)
         except BaseException as error:
-            if transaction.status != transaction.Status.ACTIVE:
+            if _has_ended(transaction):
                 raise  # COMMIT itself failed or was cancelled: there is nothing left to roll back
             with trio.move_on_after(self.cancel_grace, shield=True) as rollback:
                 if await transaction.__aexit__(type(error), error, error.__traceback__):
@@ -338,3 +338,10 @@ def answered_within(seconds: float) -> Iterator[None]:
         yield
     if patience.cancelled_caught:
         raise ConnectionLost(f"the server did not answer within {seconds:g} s")
+
+
+def _has_ended(transaction: psycopg.AsyncTransaction) -> bool:
+    """Whether its COMMIT or ROLLBACK was begun."""
+    if hasattr(transaction, "status"):
+        return transaction.status is not transaction.Status.ACTIVE
+    return bool(getattr(transaction, "_exited", False))  # psycopg before 3.3 says it nowhere else

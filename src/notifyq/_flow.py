@@ -5,7 +5,8 @@ Knows nothing of clients; ``Client.send_flow`` sends it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, Literal, Unpack, get_args
+from collections.abc import Iterable
+from typing import Any, Generic, Literal, Unpack, get_args
 
 import attrs
 
@@ -13,9 +14,6 @@ from ._errors import InvalidOption
 from ._models import In, Out, SendOptions, Sent
 from ._queue import Queue
 from ._sql import flow_entry, text, whole
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["Flow", "OnFailure", "SentFlow", "Step"]
 
@@ -81,6 +79,8 @@ class Flow:
         for option in ("throttle", "debounce"):
             if options.get(option) is not None:
                 raise InvalidOption(f"{where}: a job of a flow can't have {option}: send it by itself")
+        if not isinstance(after, Iterable) or isinstance(after, str | bytes):
+            raise InvalidOption(f"{where}: after must be a list of jobs, not {after!a:.100}")
         parents = [self._parent(parent, where) for parent in after]
         self._entries.append(flow_entry(name, queue.name, queue.encode(data), parents, on_failure, options))
         self._steps[name] = step = Step(name, queue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,7 +15,7 @@ from ._queue import Queue
 from ._sql import KEY_MAX, flag, plain_options, text, whole
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Sequence
     from datetime import datetime, timedelta
 
     from ._connection import TrioConnection
@@ -88,6 +89,8 @@ class Operator:
         Raises ``InvalidOption``, ``InvalidData``, ``UnknownQueue`` (a dead-letter queue given by name) and
         ``MissingPrivilege``.
         """
+        if not isinstance(queues, Iterable) or isinstance(queues, str | bytes):
+            raise InvalidOption(f"queues must be a list of queues' declarations, not {queues!a:.100}")
         given = [queue if isinstance(queue, Queue) else declared(queue) for queue in queues]
         async with self.transaction() as connection:
             return await declare(connection, self._store, given)

@@ -387,6 +387,13 @@ async def test_what_is_not_a_declaration_is_refused_where_one_is_needed(nq):
     assert await nq.jobs() == []
 
 
+async def test_what_is_no_list_is_refused_where_one_is_needed(nq):
+    no_lists = (5, None, True, "q", b"q", Q)
+    await refused(nq.declare, no_lists, "queues must be a list")
+    await refused(lambda after: notifyq.Flow().add(Q, 1, after=after), no_lists, "after must be a list")
+    assert await nq.queue_stats() == []
+
+
 BY_NAME = {
     "delete_queue": lambda nq, queue: nq.delete_queue(queue),
     "delete_all": lambda nq, queue: nq.delete_all(queue),

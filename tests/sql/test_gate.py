@@ -392,6 +392,7 @@ async def test_an_ordered_key_keeps_its_order_when_a_claim_may_bring_so_many_of_
         ({"key_limit": 1, "at_work": "[1]"}, "at_work must be an object"),
         ({"key_limit": 1, "at_work": '{"a": "x"}'}, "at_work must be an object"),
         ({"key_limit": 1, "at_work": '{"a": {"b": 1}}'}, "at_work must be an object"),
+        *(({"key_limit": 1, "at_work": f'{{"a": {value}}}'}, "at_work must be an object") for value in ("1e400", "-1")),
     ],
 )
 async def test_a_limit_of_a_claim_that_cannot_be_is_refused_in_words(line, options, message):
