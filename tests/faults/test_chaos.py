@@ -100,6 +100,29 @@ async def test_a_full_notify_queue_costs_no_job_and_is_got_over(folder, template
         server.kill()
 
 
+async def test_a_transaction_that_has_sent_can_be_prepared_where_the_bell_never_rings(folder, template):
+    server = Server.copied(template, folder / "prepared", {"max_prepared_transactions": "1"})
+    try:
+        await server.start()
+        async with notifyq.connect(server.dsn) as nq:
+            await nq.create_queue(notifyq.Queue("silent", bell="never"))
+            await nq.create_queue(notifyq.Queue("loud", bell="always"))
+        with psycopg.connect(server.dsn, autocommit=True) as connection:
+            connection.execute("begin")
+            connection.execute("select notifyq.send('loud')")
+            with pytest.raises(psycopg.errors.FeatureNotSupported, match="NOTIFY"):
+                connection.execute("prepare transaction 'loud'")
+            connection.execute("begin")
+            connection.execute("select notifyq.send('silent')")
+            connection.execute("prepare transaction 'silent'")
+            jobs = "select queue, state from notifyq.jobs"
+            assert connection.execute(jobs).fetchall() == []
+            connection.execute("commit prepared 'silent'")
+            assert connection.execute(jobs).fetchall() == [("silent", "ready")]
+    finally:
+        server.kill()
+
+
 class Tampering(Fault):
     """Everything that must not be, once."""
 
