@@ -86,8 +86,7 @@ class Claimer:
         self._random = random.Random()
         self._resting = False
         self._rest = trio.CancelScope()
-        self._asked_for = 0
-        self._asked_at = -math.inf
+        self._asked_for, self._asked_at = 0, -math.inf
         self._answered = trio.lowlevel.ParkingLot()
         self._refusal: Exception | None = None
         self._ending = False
