@@ -14,7 +14,7 @@
 -- 'pending' shared, to the end of its transaction, and tests 'free' after that. A runtime that runs dry takes 'free',
 -- tests 'pending' after that, and then looks once more: whoever was before it in that has committed, and that look sees
 -- the ticket; whoever comes after it sees 'free', and rings. Locks are tried and never waited for; any doubt rings, or looks
--- again. A ticket that is visible but held by somebody else is a doubt, too: see any_left().
+-- again. A ticket that is visible but held by somebody else is a doubt, too: see claim()'s last row.
 -- tests/unit/test_bell_model.py goes through all interleavings of this.
 
 -- The advisory-lock class of one purpose; the key within it is the queue's bucket.

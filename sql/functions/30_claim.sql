@@ -69,7 +69,14 @@ $$;
 -- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
 -- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
 -- priorities say it. key_limit: the claim brings no more than so many of one key, less those that at_work
--- counts ('{"key": number}'); the others it steps over.
+-- counts ('{"key": number}'); the others it steps over. durably: false does not wait until the claim is
+-- on disk; a crash of the server may then forget it, and the jobs run again.
+--
+-- look: one more row at the end, of nulls but for attempt, whether tickets are left (1 or 0), and sent_at,
+-- what time it is. If the claim brought fewer than were asked for, others hold those, and may let go of them
+-- without a word (their claim is undone, say), so it is to be tried again. Whether any are left is null with
+-- floors or a key_limit, and for queues that are paused or have a gate: nobody takes their tickets side by
+-- side, and some may not start.
 --
 -- Locks: the runtime's row (key share), the gate, then tickets in order. Tickets locked by others are
 -- stepped over. An edit writes the ticket anew: a query that sees the ticket sees the job as it was
@@ -84,7 +91,9 @@ create or replace function notifyq.claim(
     min_priority int default null,
     max_priority int default null,
     key_limit int default null,
-    at_work jsonb default null
+    at_work jsonb default null,
+    durably boolean default true,
+    look boolean default false
 )
 returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
@@ -116,201 +125,201 @@ declare
     late notifyq.active[];
 begin
     -- One expression where several would read better: each is paid for by every claim.
-    if (current_setting('transaction_isolation') = 'read committed' and claim.how_many > 0 and coalesce(claim.lease > '0' and claim.lease <= '100 years', true)) is not true then
+    if (
+        current_setting('transaction_isolation') = 'read committed'
+        and claim.how_many > 0
+        and coalesce(claim.lease > '0' and claim.lease <= '100 years', true)
+        and (claim.durably or set_config('synchronous_commit', 'off', true) = 'off')
+    ) is not true then
         perform notifyq.refuse_claim(claim.how_many, claim.lease);
     end if;
-    -- The usual case in one query: with several, a claim on an idle system takes a third longer. Nothing is due
-    -- or late, no rule holds, and all that is ready may be claimed. What this does not claim is left to what follows.
-    if claim.floors is null and num_nonnulls(claim.min_priority, claim.max_priority, claim.key_limit) = 0 then
-        return query
-        with line as (
-            select q.number
-            from notifyq.queue q
-            where q.name = claim.queue
-            and not q.paused
-            and not q.gated
-            and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
-            and not exists (select from notifyq.job j where j.expires_at <= moment)
-            and (
-                claim.runtime is null
-                or exists (
-                    select from notifyq.runtime r
-                    where r.id = claim.runtime
-                    and r.lease_until > clock_timestamp()
-                    and not r.stopping
-                    for key share
+    <<claiming>>
+    begin
+        -- The usual case in one query: with several, a claim on an idle system takes a third longer. Nothing is due
+        -- or late, no rule holds, and all that is ready may be claimed. What this does not claim is left to what follows.
+        if claim.floors is null and num_nonnulls(claim.min_priority, claim.max_priority, claim.key_limit) = 0 then
+            return query
+            with line as (
+                select q.number
+                from notifyq.queue q
+                where q.name = claim.queue
+                and not q.paused
+                and not q.gated
+                and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
+                and not exists (select from notifyq.job j where j.expires_at <= moment)
+                and (
+                    claim.runtime is null
+                    or exists (
+                        select from notifyq.runtime r
+                        where r.id = claim.runtime
+                        and r.lease_until > clock_timestamp()
+                        and not r.stopping
+                        for key share
+                    )
                 )
+            ), gone as (
+                delete from notifyq.ready r
+                where r.ctid = any (array(
+                    select t.ctid
+                    from notifyq.ready t
+                    where t.queue = (select l.number from line l)
+                    order by t.priority desc, t.number
+                    limit claim.how_many
+                    for update skip locked
+                ))
+                returning r.job, r.queue, r.number, r.attempt, r.priority
+            ), claimed as materialized (
+                select j.id, g.queue, g.attempt + 1 as attempt, g.number, j.priority, j.retry_limit, j.timeout,
+                    j.sent_at, j.data, j.headers, j.provenance, j.key, g.priority as place
+                from gone g
+                join notifyq.job j on j.id = g.job
+            ), active as (
+                insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
+                select c.id, c.queue, c.attempt, c.number, claim.runtime, clock_timestamp(),
+                    clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
+                from claimed c
             )
-        ), gone as (
-            delete from notifyq.ready r
-            where r.ctid = any (array(
-                select t.ctid
-                from notifyq.ready t
-                where t.queue = (select l.number from line l)
-                order by t.priority desc, t.number
-                limit claim.how_many
-                for update skip locked
-            ))
-            returning r.job, r.queue, r.number, r.attempt, r.priority
-        ), claimed as materialized (
-            select j.id, g.queue, g.attempt + 1 as attempt, g.number, j.priority, j.retry_limit, j.timeout,
-                j.sent_at, j.data, j.headers, j.provenance, j.key, g.priority as place
-            from gone g
-            join notifyq.job j on j.id = g.job
-        ), active as (
-            insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
-            select c.id, c.queue, c.attempt, c.number, claim.runtime, clock_timestamp(),
-                clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
+            select c.id, c.attempt, c.number, c.priority, c.retry_limit, date_part('epoch', c.timeout),
+                c.sent_at, c.data, c.headers, c.provenance, c.key
             from claimed c
-        )
-        select c.id, c.attempt, c.number, c.priority, c.retry_limit, extract(epoch from c.timeout)::float8,
-            c.sent_at, c.data, c.headers, c.provenance, c.key
-        from claimed c
-        order by c.place desc, c.number;
-        if found then
-            return;
+            order by c.place desc, c.number;
+            exit claiming when found;
         end if;
-    end if;
-    select
-        q.number,
-        claim.runtime is null or exists (
-            select from notifyq.runtime r
-            where r.id = claim.runtime
-            and r.lease_until > clock_timestamp()
-            and not r.stopping
-            for key share
-        ),
-        exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
-        q.gated
-    into n, live, due, gated
-    from notifyq.queue q
-    where q.name = claim.queue
-    and not q.paused;
-    if (live and not due) is not true then
-        if n is null then
-            perform notifyq.queue_named(claim.queue);
-            return; -- paused
+        select
+            q.number,
+            claim.runtime is null or exists (
+                select from notifyq.runtime r
+                where r.id = claim.runtime
+                and r.lease_until > clock_timestamp()
+                and not r.stopping
+                for key share
+            ),
+            exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
+            q.gated
+        into n, live, due, gated
+        from notifyq.queue q
+        where q.name = claim.queue
+        and not q.paused;
+        if (live and not due) is not true then
+            if n is null then
+                perform notifyq.queue_named(claim.queue);
+                exit claiming; -- paused
+            end if;
+            if not live then
+                raise exception 'runtime % has no live lease', claim.runtime
+                using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
+            end if;
+            if gated then
+                perform notifyq.lock_gate(n);
+            end if;
+            -- A claim by hand may be in a long transaction: it takes no more than it can use, and no lock.
+            perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
         end if;
-        if not live then
-            raise exception 'runtime % has no live lease', claim.runtime
-            using errcode = 'NQ005', hint = 'Register it with notifyq.register(), and call notifyq.beat() in time.';
-        end if;
-        if gated then
-            perform notifyq.lock_gate(n);
-        end if;
-        -- A claim by hand may be in a long transaction: it takes no more than it can use, and no lock.
-        perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
-    end if;
 
-    if gated or claim.key_limit is not null then
-        -- The gate may have been waited for: what it takes for expired has to be just what is below, and its
-        -- moment is the start that rates count by.
-        select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
-        from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
-            coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767), claim.key_limit, claim.at_work) a;
-    elsif claim.floors is null then
-        with gone as (
-            delete from notifyq.ready r
-            where r.ctid = any (array(
-                select t.ctid
-                from notifyq.ready t
-                where t.queue = n
-                and t.priority between coalesce(claim.min_priority, -32768) and coalesce(claim.max_priority, 32767)
-                order by t.priority desc, t.number
-                limit claim.how_many
-                for update skip locked
-            ))
-            returning r.job, r.number, r.attempt, r.priority
-        )
-        select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
-        into jobs, numbers, attempts
-        from (select * from gone order by priority desc, number) g;
-    else
-        for i in 1 .. cardinality(claim.floors) loop
+        if gated or claim.key_limit is not null then
+            -- The gate may have been waited for: what it takes for expired has to be just what is below, and its
+            -- moment is the start that rates count by.
+            select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
+            from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
+                coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767), claim.key_limit, claim.at_work) a;
+        elsif claim.floors is null then
             with gone as (
                 delete from notifyq.ready r
                 where r.ctid = any (array(
                     select t.ctid
                     from notifyq.ready t
                     where t.queue = n
-                    and t.priority = claim.priorities[i]
-                    and t.number >= claim.floors[i]
+                    and t.priority between coalesce(claim.min_priority, -32768) and coalesce(claim.max_priority, 32767)
                     order by t.priority desc, t.number
-                    limit claim.how_many - coalesce(cardinality(jobs), 0)
+                    limit claim.how_many
                     for update skip locked
                 ))
-                returning r.job, r.number, r.attempt
+                returning r.job, r.number, r.attempt, r.priority
             )
             select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
-            into more_jobs, more_numbers, more_attempts
-            from (select * from gone order by number) g;
-            jobs := jobs || more_jobs;
-            numbers := numbers || more_numbers;
-            attempts := attempts || more_attempts;
-            exit when cardinality(jobs) >= claim.how_many;
-        end loop;
-    end if;
-    if jobs is null then
-        return;
-    end if;
+            into jobs, numbers, attempts
+            from (select * from gone order by priority desc, number) g;
+        else
+            for i in 1 .. cardinality(claim.floors) loop
+                with gone as (
+                    delete from notifyq.ready r
+                    where r.ctid = any (array(
+                        select t.ctid
+                        from notifyq.ready t
+                        where t.queue = n
+                        and t.priority = claim.priorities[i]
+                        and t.number >= claim.floors[i]
+                        order by t.priority desc, t.number
+                        limit claim.how_many - coalesce(cardinality(jobs), 0)
+                        for update skip locked
+                    ))
+                    returning r.job, r.number, r.attempt
+                )
+                select array_agg(g.job), array_agg(g.number), array_agg(g.attempt)
+                into more_jobs, more_numbers, more_attempts
+                from (select * from gone order by number) g;
+                jobs := jobs || more_jobs;
+                numbers := numbers || more_numbers;
+                attempts := attempts || more_attempts;
+                exit when cardinality(jobs) >= claim.how_many;
+            end loop;
+        end if;
+        exit claiming when jobs is null;
 
-    return query
-    with claimed as materialized (
-        select j.id, t.attempt + 1 as attempt, t.number, j.priority, j.retry_limit, j.timeout,
-            j.sent_at, j.data, j.headers, j.provenance, j.key, t.place
-        from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) with ordinality t (job, number, attempt, place)
-        join notifyq.job j on j.id = t.job
-        where (j.expires_at <= moment and t.attempt = 0) is not true
-    ), active as (
-        insert into notifyq.active (job, queue, attempt, number, runtime, key, claimed_at, deadline)
-        select c.id, n, c.attempt, c.number, claim.runtime, case when gated then coalesce(c.key, '') end, case when gated then moment else clock_timestamp() end,
-            clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
+        return query
+        with claimed as materialized (
+            select j.id, t.attempt + 1 as attempt, t.number, j.priority, j.retry_limit, j.timeout,
+                j.sent_at, j.data, j.headers, j.provenance, j.key, t.place
+            from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) with ordinality t (job, number, attempt, place)
+            join notifyq.job j on j.id = t.job
+            where (j.expires_at <= moment and t.attempt = 0) is not true
+        ), active as (
+            insert into notifyq.active (job, queue, attempt, number, runtime, key, claimed_at, deadline)
+            select c.id, n, c.attempt, c.number, claim.runtime, case when gated then coalesce(c.key, '') end, case when gated then moment else clock_timestamp() end,
+                clock_timestamp() + case when claim.runtime is null then coalesce(claim.lease, c.timeout) else c.timeout + interval '1 minute' end
+            from claimed c
+        )
+        select c.id, c.attempt, c.number, c.priority, c.retry_limit, date_part('epoch', c.timeout),
+            c.sent_at, c.data, c.headers, c.provenance, c.key
         from claimed c
-    )
-    select c.id, c.attempt, c.number, c.priority, c.retry_limit, extract(epoch from c.timeout)::float8,
-        c.sent_at, c.data, c.headers, c.provenance, c.key
-    from claimed c
-    order by c.place;
-    get diagnostics claimed = row_count;
-    if gated then
-        perform notifyq.free_waiting_keys(n, jobs);
-    end if;
-    if claimed < cardinality(jobs) then
-        late := array(
-            select notifyq.as_active(t.job, t.number, n, t.attempt)
-            from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) t (job, number, attempt)
-            where not exists (select from notifyq.active a where a.job = t.job)
-        );
+        order by c.place;
+        get diagnostics claimed = row_count;
         if gated then
-            perform notifyq.leave_line(array(select l.job from unnest(late) l));
+            perform notifyq.free_waiting_keys(n, jobs);
         end if;
-        perform notifyq.end_expired(late);
-        -- Fewer than were asked for looks like there are no more: who claims is told to look again.
-        if cardinality(jobs) >= claim.how_many then
-            perform pg_notify(notifyq.channel(n), 'look');
+        if claimed < cardinality(jobs) then
+            late := array(
+                select notifyq.as_active(t.job, t.number, n, t.attempt)
+                from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) t (job, number, attempt)
+                where not exists (select from notifyq.active a where a.job = t.job)
+            );
+            if gated then
+                perform notifyq.leave_line(array(select l.job from unnest(late) l));
+            end if;
+            perform notifyq.end_expired(late);
+            -- Fewer than were asked for looks like there are no more: who claims is told to look again.
+            if cardinality(jobs) >= claim.how_many then
+                perform pg_notify(notifyq.channel(n), 'look');
+            end if;
         end if;
+    end;
+    if claim.look then
+        if claim.floors is null and claim.key_limit is null then
+            select exists (
+                select from notifyq.ready t
+                where t.queue = q.number
+                and t.priority between coalesce(claim.min_priority, -32768) and coalesce(claim.max_priority, 32767)
+            )::int
+            into attempt
+            from notifyq.queue q
+            where q.name = claim.queue
+            and not q.paused
+            and not q.gated;
+        end if;
+        sent_at := clock_timestamp();
+        return next;
     end if;
 end
-$$;
-
--- Call after a claim from the beginning: whether tickets are left. If it brought fewer than were asked for, others hold
--- those, and may let go of them without a word (their claim is undone, say), so it is to be tried again. Null for queues
--- that are paused or have a gate: nobody takes their tickets side by side, and some may not start.
-create or replace function notifyq.any_left(queue text, min_priority int default null, max_priority int default null) returns boolean
-language sql volatile security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-as $$
-    select exists (
-        select from notifyq.ready t
-        where t.queue = q.number
-        and t.priority between coalesce(any_left.min_priority, -32768) and coalesce(any_left.max_priority, 32767)
-    )
-    from notifyq.queue q
-    where q.name = any_left.queue
-    and not q.paused
-    and not q.gated
 $$;
 
 -- Tells the other runtimes of a queue that these tickets, named by their numbers, are taken, and no others were left.

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import attrs
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 __all__ = ["Beat", "Claimed", "Haul", "QueueInfo", "Served", "Stance"]
 
@@ -42,13 +37,14 @@ class Claimed:
     priority: int
     retry_limit: int
     timeout: float
-    sent_at: datetime
+    sent_at: float
+    """In seconds of the epoch."""
     data: str | None
     headers: str | None
     provenance: str | None
     key: str | None
-    as_of: datetime | None = attrs.field(default=None, init=False)
-    """When its claim had been made, by the server's clock; the next one of the same attempt is later."""
+    as_of: float | None = attrs.field(default=None, init=False)
+    """When its claim had been made, by the server's clock, in seconds of the epoch; the same attempt's next one is later."""
     claimed_at: float = attrs.field(default=float("-inf"), init=False)
     """When its claim was answered, on ``trio.current_time()``'s clock."""
 
@@ -59,7 +55,7 @@ class Haul:
 
     jobs: list[Claimed]
     left: bool | None = None
-    """Whether there are more tickets; None: not known. See ``any_left()`` in ``sql/functions/30_claim.sql``."""
+    """Whether there are more tickets; None: not known. See ``claim()`` in ``sql/functions/30_claim.sql``."""
 
     def is_full(self, asked_for: int) -> bool:
         """Whether another claim may bring more at once."""

@@ -128,7 +128,7 @@ class Job(Generic[In]):
     provenance: dict[str, Any] | None
     """Of a dead letter: ``queue``, ``id``, ``attempts``, ``error`` and ``sent_at`` of the job that failed."""
     key: str | None
-    _as_of: datetime | None = attrs.field(repr=False)
+    _as_of: float | None = attrs.field(repr=False)
     deadline: float = attrs.field(default=float("inf"), init=False)
     """When the attempt times out, on ``trio.current_time()``'s clock; infinite for a job fetched by hand. A cancel scope
     around the worker has it, from the moment on at which the worker first waits for something."""
@@ -264,7 +264,7 @@ class Snoozed:
     job_id: int
     attempt: int
     delay: float
-    as_of: datetime | None = None
+    as_of: float | None = None
     """See ``Claimed``."""
 
 
@@ -282,7 +282,7 @@ class Released:
 
     job_id: int
     attempt: int
-    as_of: datetime | None = None
+    as_of: float | None = None
     """See ``Claimed``."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack, overload
 
 from ._codec import check_type, encode, from_json, read_json
@@ -28,8 +29,6 @@ from ._sql import (
 )
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from ._answers import Claimed
     from ._middleware import Middleware
 
@@ -300,7 +299,7 @@ def job_of(claimed: Claimed, queue: Queue[Any, Any], handle: JobHandle | None = 
         claimed.retry_limit,
         claimed.priority,
         claimed.timeout,
-        claimed.sent_at,
+        datetime.fromtimestamp(claimed.sent_at, UTC),
         from_json(read_json(claimed.data), queue.data_type),
         {} if claimed.headers is None else read_json(claimed.headers),
         read_json(claimed.provenance),

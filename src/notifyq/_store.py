@@ -21,7 +21,6 @@ from ._store_serving import Serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from datetime import datetime
     from uuid import UUID
 
     from ._connection import TrioConnection
@@ -31,6 +30,8 @@ __all__ = ["Store"]
 
 _SEND: LiteralString = send_call("{s}.try_send", "${}")
 _SEND_PLAIN: LiteralString = "select * from {s}.try_send($1::text, $2::jsonb)"
+# A double holds seconds of the epoch to the microsecond, there and back.
+_MOMENTS: LiteralString = "array(select to_timestamp(moment) from unnest(%::float8[]) moment)"
 Operation = Literal["cancel", "retry", "resume", "delete"]
 _OPERATIONS: dict[Operation, LiteralString] = {
     "cancel": "select {s}.cancel($1::bigint[])",
@@ -151,11 +152,11 @@ class Store(Claims, Serving):
         delays: Sequence[float],
         attempts: Sequence[int] | None,
         runtime: UUID | None,
-        as_of: Sequence[datetime | None] | None = None,
+        as_of: Sequence[float | None] | None = None,
     ) -> list[int]:
         ids: list[int] = await self._calls.value(
             connection,
-            "select {s}.snooze($1::bigint[], $2::interval[], $3::int[], $4::uuid, $5::timestamptz[])",
+            "select {s}.snooze($1::bigint[], $2::interval[], $3::int[], $4::uuid, " + _MOMENTS.replace("%", "$5") + ")",
             jobs,
             intervals(delays),
             attempts,
@@ -170,9 +171,11 @@ class Store(Claims, Serving):
         jobs: Sequence[int],
         attempts: Sequence[int],
         runtime: UUID,
-        as_of: Sequence[datetime | None] | None = None,
+        as_of: Sequence[float | None] | None = None,
     ) -> list[int]:
-        statement: LiteralString = "select {s}.release($1::bigint[], $2::int[], $3::uuid, $4::timestamptz[])"
+        statement: LiteralString = (
+            "select {s}.release($1::bigint[], $2::int[], $3::uuid, " + _MOMENTS.replace("%", "$4") + ")"
+        )
         return list(await self._calls.value(connection, statement, jobs, attempts, runtime, as_of))
 
     async def discard(
@@ -271,9 +274,10 @@ class Store(Claims, Serving):
     async def stop(self, connection: TrioConnection, runtime: UUID) -> None:
         await self._calls.value(connection, "select {s}.stop($1::uuid)", runtime)
 
-    async def held(self, connection: TrioConnection, runtime: UUID) -> dict[tuple[int, int], datetime]:
-        """When each attempt that the runtime holds, as (job, attempt), was claimed."""
-        rows = await self._calls.rows(connection, "select job, attempt, claimed_at from {s}.held($1::uuid)", runtime)
+    async def held(self, connection: TrioConnection, runtime: UUID) -> dict[tuple[int, int], float]:
+        """When each attempt that the runtime holds, as (job, attempt), was claimed, in seconds of the epoch."""
+        statement: LiteralString = "select job, attempt, date_part('epoch', claimed_at) from {s}.held($1::uuid)"
+        rows = await self._calls.rows(connection, statement, runtime)
         return {(job, attempt): claimed_at for job, attempt, claimed_at in rows}
 
     async def deregister(self, connection: TrioConnection, runtime: UUID) -> list[int]:

@@ -19,30 +19,19 @@ __all__ = ["Claims", "Priorities"]
 Priorities = tuple[int, int] | None
 """The lowest and the highest priority to claim; None: all."""
 
-_CLAIMED: LiteralString = (
-    "select c.id, c.attempt, c.number, c.priority, c.retry_limit, c.timeout, c.sent_at,"
+_COLUMNS: LiteralString = (
+    "select c.id, c.attempt, c.number, c.priority, c.retry_limit, c.timeout, date_part('epoch', c.sent_at),"
     " c.data::text, c.headers::text, c.provenance::text, c.key"
 )
-_CLAIM_BY_HAND: LiteralString = _CLAIMED + " from {s}.claim($1, $2, null, make_interval(secs => $3)) c"
-# The last row: whether tickets are left, of a claim from the beginning, and what time it is then. What is united is
-# done in order.
-_LEFT: LiteralString = (
-    " union all select null, (%)::int, null, null, null, null, clock_timestamp(), null, null, null, null"
-)
+_CLAIM_BY_HAND: LiteralString = _COLUMNS + " from {s}.claim($1, $2, null, make_interval(secs => $3)) c"
+_CLAIM: LiteralString = _COLUMNS + " from {s}.claim($1, $2, $3::uuid, durably => $4, look => true) c"
 _CLAIM_FROM: LiteralString = (
-    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, null, $4::smallint[], $5::bigint[]) c" + _LEFT.replace("%", "null")
+    _COLUMNS + " from {s}.claim($1, $2, $3::uuid, null, $5::smallint[], $6::bigint[], durably => $4, look => true) c"
 )
-_CLAIM: LiteralString = _CLAIMED + " from {s}.claim($1, $2, $3::uuid) c" + _LEFT.replace("%", "{s}.any_left($1)")
 _CLAIM_SOME: LiteralString = (
-    _CLAIMED + " from {s}.claim($1, $2, $3::uuid, min_priority => $4::int, max_priority => $5::int,"
-    " key_limit => $6::int, at_work => $7::jsonb) c"
-    + _LEFT.replace("%", "case when $6::int is null then {s}.any_left($1, $4::int, $5::int) end")
+    _COLUMNS + " from {s}.claim($1, $2, $3::uuid, durably => $4, look => true,"
+    " min_priority => $5::int, max_priority => $6::int, key_limit => $7::int, at_work => $8::jsonb) c"
 )
-# The setting is made where an argument is evaluated, before the call: a join with set_config() costs a claim 3 %.
-_UNFLUSHED: LiteralString = "case set_config('synchronous_commit', 'off', true) when 'off' then $2::int end"
-_CLAIM_UNFLUSHED: LiteralString = _CLAIM.replace("$2", _UNFLUSHED)
-_CLAIM_FROM_UNFLUSHED: LiteralString = _CLAIM_FROM.replace("$2", _UNFLUSHED)
-_CLAIM_SOME_UNFLUSHED: LiteralString = _CLAIM_SOME.replace("$2", _UNFLUSHED)
 
 _SAY_TAKEN: LiteralString = (
     "select {s}.say_taken(case set_config('synchronous_commit', 'off', true) when 'off' then $1::int end, $2)"
@@ -77,8 +66,8 @@ class Claims:
             return await self.run_claim(connection, self.bind_claim(queue, how_many, runtime, durably=durably))
         priorities = sorted(floors, reverse=True)
         numbers = [floors[priority] for priority in priorities]
-        statement = _CLAIM_FROM if durably else _CLAIM_FROM_UNFLUSHED
-        return self.haul(await self._calls.rows(connection, statement, queue, how_many, runtime, priorities, numbers))
+        claim = self._calls.bind(_CLAIM_FROM, queue, how_many, runtime, durably, priorities, numbers)
+        return await self.run_claim(connection, claim)
 
     async def run_claim(self, connection: TrioConnection, claim: Bound) -> Haul:
         """Make a claim that was bound."""
@@ -113,7 +102,7 @@ class Claims:
         It brings at most ``key_limit`` jobs of a key, less those ``at_work``.
         """
         if priorities is None and key_limit is None:
-            return self._calls.bind(_CLAIM if durably else _CLAIM_UNFLUSHED, queue, how_many, runtime)
-        statement = _CLAIM_SOME if durably else _CLAIM_SOME_UNFLUSHED
+            return self._calls.bind(_CLAIM, queue, how_many, runtime, durably)
         least, most = priorities or (None, None)
-        return self._calls.bind(statement, queue, how_many, runtime, least, most, key_limit, to_json(at_work or {}))
+        at_work_json = to_json(at_work or {})
+        return self._calls.bind(_CLAIM_SOME, queue, how_many, runtime, durably, least, most, key_limit, at_work_json)

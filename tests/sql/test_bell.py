@@ -222,14 +222,21 @@ async def test_what_may_not_start_is_not_left_over(connection, other, queue, rul
     else:
         await ask(b"select notifyq.update_queue('q', %s::jsonb)", (rule,))
     await ask(b"select notifyq.send('q', key => 'a') from generate_series(1, 3)")
-    await ask(b"select notifyq.claim('q', 9)")
-    assert await (await ask(b"select notifyq.any_left('q')")).fetchone() == (None,)
+    claimed = await (
+        await ask(b"select id, attempt, sent_at is null from notifyq.claim('q', 9, look => true)")
+    ).fetchall()
+    assert claimed[-1] == (None, None, False)
 
 
-async def test_only_tickets_of_the_priorities_asked_for_are_left_over(connection, queue):
+async def test_only_tickets_of_the_priorities_asked_for_are_left_over(connection, other, queue):
     await connection.execute(b"select notifyq.send('q', priority => 5)")
-    cursor = await connection.execute(b"select notifyq.any_left('q', 0, 4), notifyq.any_left('q', 5, 9)")
-    assert await cursor.fetchone() == (False, True)
+    look = "select id, attempt from notifyq.claim('q', 9, min_priority => {}, max_priority => {}, look => true)"
+    cursor = await connection.execute(look.format(0, 4).encode())
+    assert await cursor.fetchall() == [(None, 0)]
+    await other.execute("begin")
+    await other.execute("select from notifyq.ready for update")
+    cursor = await connection.execute(look.format(5, 9).encode())
+    assert await cursor.fetchall() == [(None, 1)]
 
 
 async def test_what_a_process_has_enough_of_is_not_left_over(connection, queue, store):

@@ -272,6 +272,15 @@ async def test_bad_input_is_refused_by_name_and_changes_nothing(ask, queue, stat
     assert await ask("select name from notifyq.queue") == [("q",)]
 
 
+async def test_a_claim_that_need_not_be_durable_spares_its_transaction_the_flush(connection, ask, queue):
+    async with connection.transaction():
+        await ask("select notifyq.claim('q')")
+        assert await ask("show synchronous_commit") == [("on",)]
+        await ask("select notifyq.claim('q', durably => false)")
+        assert await ask("show synchronous_commit") == [("off",)]
+    assert await ask("show synchronous_commit") == [("on",)]
+
+
 async def test_claim_refuses_other_isolation_levels_in_words(connection, ask, queue):
     await ask("set default_transaction_isolation = 'repeatable read'")
     with pytest.raises(psycopg.DatabaseError, match="READ COMMITTED transactions only, not REPEATABLE READ"):

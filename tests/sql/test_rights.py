@@ -26,7 +26,6 @@ FUNCTIONS = """
     publish(event)                 anybody producer worker operator    definer: reads subscriptions, makes jobs
 
     claim(queue)                   worker             definer: moves tickets, reads jobs
-    any_left(queue)                worker             definer: reads tickets
     say_taken(queue)               worker
     complete(jobs)                 worker             definer: moves tickets and jobs
     complete(job)                  worker

@@ -6,7 +6,7 @@ the poll would wake that one. The steps are the functions of sql/functions/20_be
 - a sender writes a ticket (``insert into ready``), takes *pending*, tests *free* (``somebody_may_come``), and commits: then
   its ticket is visible, after that its *pending* is gone, and then its notification arrives. Or it is rolled back.
 - a claimer takes *free*, tests *pending* (``stand_free``), claims what it sees and nobody holds (``claim``), sees whether
-  tickets are left (``any_left``), and sleeps if it was told and none are; else it looks again. A claim may be undone, and
+  tickets are left (``look``), and sleeps if it was told and none are; else it looks again. A claim may be undone, and
   its claimer die, at each step; its locks go with it. One that has more to do than it can lets go of *free* for a while.
 
 A test of a lock takes it and gives it back: two steps, between which others fail to take it.
