@@ -122,7 +122,10 @@ class Runtime:
         Raises:
             ConnectionLost: the server could not be reached in time at start. Later it reconnects for ever.
             SchemaMismatch, MissingPrivilege, UnknownQueue, InvalidOption: it cannot start like this.
+            RuntimeError: it runs already.
         """
+        if self.running:
+            raise RuntimeError("this runtime runs already: to run another, make another of the same queues")
         dsn = resolve_dsn(self.dsn)
         listen_dsn = resolve_listen_dsn(self.listen_dsn, dsn)
         self.id = uuid4()
