@@ -43,6 +43,11 @@ class Client(Planner):
         super().__init__(pool, store)
         self._results = Results(pool, store, listener, run_listener)
 
+    def close(self) -> None:
+        """Refuse further calls, and tell who waits for results."""
+        super().close()
+        self._results.close()
+
     # send
 
     async def send(

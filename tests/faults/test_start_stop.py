@@ -12,6 +12,7 @@ import trio.testing
 
 import notifyq
 from notifyq import Job, Queue, Runtime
+from notifyq._results import POLL
 
 if TYPE_CHECKING:
     from notifyq._connection import TrioConnection
@@ -82,7 +83,7 @@ async def test_a_client_that_is_closed_while_calls_wait_says_so_to_each(dsn, nq)
             held.set()
             await release.wait()
 
-    with trio.fail_after(10):
+    with trio.fail_after(POLL - 1):
         async with trio.open_nursery() as nursery:
             held, release = trio.Event(), trio.Event()
             async with notifyq.connect(dsn, pool_size=1) as client:
@@ -90,6 +91,7 @@ async def test_a_client_that_is_closed_while_calls_wait_says_so_to_each(dsn, nq)
                 nursery.start_soon(told_that_it_is_closed, lambda: client.result(sent))
                 while not client._results._listener.up:
                     await trio.sleep(0.005)
+                await trio.testing.wait_all_tasks_blocked(0.1)  # it waits for the announcement
                 nursery.start_soon(hold, client, held, release)
                 await held.wait()
                 nursery.start_soon(told_that_it_is_closed, lambda: client.send(queue, 2))
