@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from ._codec import from_json, to_json
-from ._errors import InvalidData, InvalidOption, JobFailed, LeaseLost
+from ._errors import InvalidData, InvalidOption, JobFailed, LeaseLost, shown
 from ._flow import Flow, SentFlow
 from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent
 from ._operator import declared, job_id
@@ -42,6 +42,11 @@ class Client(Planner):
         """Use ``connect``. ``run_listener`` starts the listener when it is first needed; None: it is running."""
         super().__init__(pool, store)
         self._results = Results(pool, store, listener, run_listener)
+
+    def close(self) -> None:
+        """Refuse further calls, and tell who waits for results."""
+        super().close()
+        self._results.close()
 
     # send
 
@@ -84,7 +89,7 @@ class Client(Planner):
         """Send many jobs with one statement, all or none. Returns them in order; raises as ``send``."""
         declared(queue)
         if isinstance(jobs, str) or not isinstance(jobs, Iterable):
-            raise InvalidOption(f"jobs must be a sequence of data or NewJobs, not {jobs!a:.100}")
+            raise InvalidOption(f"jobs must be a sequence of data or NewJobs, not {shown(jobs)}")
         entries = [
             (queue.encode(job.data), job.options) if isinstance(job, NewJob) else (queue.encode(job), {})
             for job in jobs
@@ -104,7 +109,7 @@ class Client(Planner):
         a job whose key its queue's policy has taken.
         """
         if not isinstance(flow, Flow):
-            raise InvalidOption(f"send_flow takes a notifyq.Flow, not {flow!a:.100}")
+            raise InvalidOption(f"send_flow takes a notifyq.Flow, not {shown(flow)}")
         async with self._on(connection) as on:
             return flow.sent(await self._store.flows.send_flow(on, flow.as_json()))
 
@@ -215,5 +220,5 @@ class Client(Planner):
 
 def _fetched(job: Job[Any]) -> Job[Any]:
     if not isinstance(job, Job):
-        raise InvalidOption(f"give the job that fetch() returned, not {job!a:.100}")
+        raise InvalidOption(f"give the job that fetch() returned, not {shown(job)}")
     return job

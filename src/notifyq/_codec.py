@@ -10,7 +10,7 @@ from uuid import UUID
 import cattrs
 from cattrs.preconf.json import make_converter
 
-from ._errors import InvalidData
+from ._errors import InvalidData, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,7 @@ def encode(value: Any, type_: Any) -> str:
     """Write a value of a declared type as JSON text. Raises ``InvalidData`` if it is not of that type or not JSON."""
     if type_ in _PLAIN:
         if type_ is not Any and type(value) is not type_ and not (type_ is float and type(value) is int):
-            raise InvalidData(f"expected {_name(type_)}, not {_name(type(value))}: {value!r:.100}")
+            raise InvalidData(f"expected {_name(type_)}, not {_name(type(value))}: {shown(value)}")
         return to_json(value)
     try:
         plain = _unstructure(type_)(value)
@@ -150,7 +150,7 @@ def check_type(type_: Any) -> None:
         and not hasattr(type_, "__supertype__")
         and type_ is not Any
     ):
-        raise InvalidData(f"{type_!a:.100} is not a type")
+        raise InvalidData(f"{shown(type_)} is not a type")
     if type_ in _PLAIN:
         return
     try:

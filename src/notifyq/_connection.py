@@ -66,9 +66,9 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:
         """Run a protocol generator to its end. Cancelled: the query is cancelled and drained, or the connection closed."""
-        await trio.lowlevel.checkpoint_if_cancelled()
         step = _Step(gen, self.pgconn.socket)
         try:
+            await trio.lowlevel.checkpoint_if_cancelled()
             return await step.finish()
         except trio.Cancelled:
             if self.pgconn.status == ConnStatus.OK and self.pgconn.transaction_status == TransactionStatus.ACTIVE:

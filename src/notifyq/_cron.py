@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import attrs
 from cronsim import CronSim, CronSimError
 
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 
 __all__ = ["EVERY_LEAST", "EVERY_MOST", "Cron", "Every", "Rule", "Step", "decide", "read_rule", "zone_named"]
 
@@ -48,7 +48,7 @@ class Cron:
                     return at
         except (CronSimError, OverflowError):
             pass
-        raise InvalidOption(f"cron rule {self.text!a:.200} never fires: look at its day, month and weekday")
+        raise InvalidOption(f"cron rule {shown(self.text, 200)} never fires: look at its day, month and weekday")
 
 
 @attrs.frozen
@@ -83,7 +83,7 @@ def read_rule(cron: str | None, every: float | None, timezone: str = "UTC") -> R
         raise InvalidOption("a schedule must have either cron or every: Schedule('0 3 * * *') or Schedule(every=60)")
     if every is not None:
         if not EVERY_LEAST <= every <= EVERY_MOST:
-            raise InvalidOption(f"every must be from {EVERY_LEAST:g} seconds to 366 days, not {every!r} seconds")
+            raise InvalidOption(f"every must be from {EVERY_LEAST:g} seconds to 366 days, not {shown(every)} seconds")
         if timezone != "UTC":
             raise InvalidOption("a schedule with every has no time zone: leave timezone out, or use cron")
         return Every(round(every * 1e6))
@@ -95,7 +95,7 @@ def read_rule(cron: str | None, every: float | None, timezone: str = "UTC") -> R
 def _checked(cron: object) -> str:
     shape = "five fields, minute hour day month weekday, or six with the second before them"
     if not isinstance(cron, str) or len(cron) > 200 or not cron.isascii():
-        raise InvalidOption(f"not a cron rule: {cron!a:.200}: give text of {shape}")
+        raise InvalidOption(f"not a cron rule: {shown(cron, 200)}: give text of {shape}")
     try:
         CronSim(cron, EPOCH)
     except (CronSimError, AssertionError, ValueError) as error:
@@ -111,7 +111,7 @@ def zone_named(name: object) -> ZoneInfo:
     except (ZoneInfoNotFoundError, ValueError, OSError):
         pass
     raise InvalidOption(
-        f"there is no time zone named {name!a:.100} here: use a name such as 'Europe/Berlin'"
+        f"there is no time zone named {shown(name)} here: use a name such as 'Europe/Berlin'"
         " (a system without zones needs the package tzdata)"
     )
 

@@ -96,3 +96,11 @@ class JobFailed(NotifyqError):
         self.state = state
         self.type = type
         self.message = message
+
+
+def shown(value: object, at_most: int = 100) -> str:
+    """A value as a message quotes it: cut short, in ASCII. It may be anything, and raise anything when it is looked at."""
+    try:
+        return ascii(value)[:at_most]
+    except Exception as error:  # too many digits or levels for Python, or a broken __repr__
+        return f"(a {type(value).__name__} that cannot be shown: {type(error).__name__})"

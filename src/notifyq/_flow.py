@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, Unpack, get_args
 
 import attrs
 
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 from ._models import In, Out, SendOptions, Sent
 from ._queue import Queue
 from ._sql import flow_entry, text, whole
@@ -69,18 +69,18 @@ class Flow:
             InvalidOption: a name used twice, a step of another flow, a bad option.
         """
         if not isinstance(queue, Queue):
-            raise InvalidOption(f"give the queue's declaration, not {queue!a:.100}: notifyq.Queue(name)")
+            raise InvalidOption(f"give the queue's declaration, not {shown(queue)}: notifyq.Queue(name)")
         name = f"{queue.name}-{len(self._entries) + 1}" if name is None else text(name, "name")
         where = f"job {name!r} of the flow"
         if not name or name in self._steps:
             raise InvalidOption(f"{where}: give each a name of its own")
         if on_failure not in get_args(OnFailure):
-            raise InvalidOption(f"{where}: on_failure must be cancel, run or wait, not {on_failure!a:.100}")
+            raise InvalidOption(f"{where}: on_failure must be cancel, run or wait, not {shown(on_failure)}")
         for option in ("throttle", "debounce"):
             if options.get(option) is not None:
                 raise InvalidOption(f"{where}: a job of a flow can't have {option}: send it by itself")
         if not isinstance(after, Iterable) or isinstance(after, str | bytes):
-            raise InvalidOption(f"{where}: after must be a list of jobs, not {after!a:.100}")
+            raise InvalidOption(f"{where}: after must be a list of jobs, not {shown(after)}")
         parents = [self._parent(parent, where) for parent in after]
         self._entries.append(flow_entry(name, queue.name, queue.encode(data), parents, on_failure, options))
         self._steps[name] = step = Step(name, queue)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import attrs
 
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 from ._middleware import Middleware, check_middleware
 from ._models import In, Job, Out
 from ._sql import flag, seconds, whole
@@ -76,7 +76,7 @@ def worker_of(
 ) -> Worker:
     """A function and its options as a worker; ``batch_size`` None: one job a call. Raises ``InvalidOption``."""
     if not callable(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-        raise InvalidOption(f"{where}: {function!r} must be an async def or a plain function that returns a value")
+        raise InvalidOption(f"{where}: {shown(function)} must be an async def or a plain function that returns a value")
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is an async def
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -22,15 +22,15 @@ returns an async context manager. Around a batch it gets the list of jobs."""
 def check_middleware(layers: Iterable[Middleware], of: str) -> tuple[Middleware, ...]:
     """Refuse what can't be called as middleware. Raises ``InvalidOption``."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise InvalidOption(f"middleware of {of} must be a sequence of functions, not {layers!a:.100}")
+        raise InvalidOption(f"middleware of {of} must be a sequence of functions, not {shown(layers)}")
     layers = tuple(layers)
     for layer in layers:
         arguments = (object(), object()) if inspect.iscoroutinefunction(layer) else (object(),)
         try:
             inspect.signature(layer).bind(*arguments)
-        except (TypeError, ValueError):
+        except Exception:  # to say that it can't be called, it looks at it
             raise InvalidOption(
-                f"middleware of {of}: {layer!r} must be an async def that takes (job, call_next),"
+                f"middleware of {of}: {shown(layer)} must be an async def that takes (job, call_next),"
                 " or a function of the job that returns an async context manager"
             ) from None
     return layers
@@ -55,7 +55,7 @@ def _around(layer: Middleware, call_next: Callable[[Any], Awaitable[Any]]) -> Ca
     async def within(job: Any) -> Any:
         context = layer(job)
         if not isinstance(context, AbstractAsyncContextManager):
-            raise InvalidOption(f"middleware {layer!r} must return an async context manager, not {context!r}")
+            raise InvalidOption(f"middleware {shown(layer)} must return an async context manager, not {shown(context)}")
         async with context:
             return await call_next(job)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, Ty
 
 import attrs
 
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -85,7 +85,7 @@ class NewJob(Generic[In]):
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.options, dict):
-            raise InvalidOption(f"the options of a NewJob must be a dict, not {self.options!a:.100}")
+            raise InvalidOption(f"the options of a NewJob must be a dict, not {shown(self.options)}")
 
 
 @attrs.frozen

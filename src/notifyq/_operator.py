@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ._codec import to_json
 from ._declare import declare
-from ._errors import ClientClosed, InvalidOption
+from ._errors import ClientClosed, InvalidOption, shown
 from ._models import FlowJob, In, JobRecord, Out, Parent, Sent, State
 from ._queue import Queue
 from ._sql import KEY_MAX, flag, plain_options, text, whole
@@ -90,7 +90,7 @@ class Operator:
         ``MissingPrivilege``.
         """
         if not isinstance(queues, Iterable) or isinstance(queues, str | bytes):
-            raise InvalidOption(f"queues must be a list of queues' declarations, not {queues!a:.100}")
+            raise InvalidOption(f"queues must be a list of queues' declarations, not {shown(queues)}")
         given = [queue if isinstance(queue, Queue) else declared(queue) for queue in queues]
         async with self.transaction() as connection:
             return await declare(connection, self._store, given)
@@ -130,7 +130,7 @@ class Operator:
     ) -> list[JobRecord]:
         """The newest jobs, of a queue or in a state. Raises ``InvalidOption`` for what is not a state."""
         if state is not None and state not in get_args(State):
-            raise InvalidOption(f"{state!a:.100} is not a state: use one of {', '.join(get_args(State))}")
+            raise InvalidOption(f"{shown(state)} is not a state: use one of {', '.join(get_args(State))}")
         whole(limit, "limit", 0, 2**31 - 1)
         async with self.connection() as connection:
             return await self._store.jobs(connection, None if queue is None else queue_name(queue), state, limit)
@@ -240,7 +240,7 @@ class Operator:
     async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
         """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""
         if state is not None and (not isinstance(state, str) or state not in (*get_args(State), "waiting", "finished")):
-            raise InvalidOption(f"{state!a:.100} is not a state: use waiting, finished, {', '.join(get_args(State))}")
+            raise InvalidOption(f"{shown(state)} is not a state: use waiting, finished, {', '.join(get_args(State))}")
         async with self.connection() as connection:
             return await self._store.delete_all(connection, queue_name(queue), state)
 
@@ -275,7 +275,7 @@ class Operator:
 
 def declared(queue: Queue[In, Out]) -> Queue[In, Out]:
     if not isinstance(queue, Queue):
-        raise InvalidOption(f"give the queue's declaration, not {queue!a:.100}: notifyq.Queue(name)")
+        raise InvalidOption(f"give the queue's declaration, not {shown(queue)}: notifyq.Queue(name)")
     return queue.single()
 
 

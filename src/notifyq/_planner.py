@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._codec import encode, to_json
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 from ._operator import ANY, Operator, declared, queue_name
 from ._schedule import Schedule, check_plain_name
 from ._sql import plain_options, text
@@ -33,7 +33,7 @@ class Planner(Operator):
         Raises ``InvalidData`` (its data is not of the queue's type), ``InvalidOption`` and ``UnknownQueue``.
         """
         if not isinstance(schedule, Schedule):
-            raise InvalidOption(f"give a Schedule, not {schedule!a:.100}: notifyq.Schedule('0 3 * * *')")
+            raise InvalidOption(f"give a Schedule, not {shown(schedule)}: notifyq.Schedule('0 3 * * *')")
         data = declared(queue).encode(schedule.data)
         async with self._on(connection) as on:
             return await self._store.schedules.put(on, queue.name, schedule, data)

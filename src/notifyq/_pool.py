@@ -145,6 +145,8 @@ class Pool:
     async def _open(self) -> TrioConnection:
         try:
             opened = await run_abandonable(self._opener.getconn, self._opener.putconn)
+        except psycopg_pool.PoolClosed as error:  # while this waited for its turn
+            raise ClientClosed("this client is closed") from error
         except psycopg_pool.PoolTimeout as error:
             raise ConnectionLost(f"no connection to the server in {self._opener.timeout:g} s") from error
         assert isinstance(opened, _Opened)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack, overload
 
 from ._codec import check_type, encode, from_json, read_json
-from ._errors import InvalidData, InvalidOption
+from ._errors import InvalidData, InvalidOption, shown
 from ._handler import TransactionWorker, Worker, WorkerOptions, describe, worker_of
 from ._models import In, Job, JobHandle, Out, SendOptions
 from ._schedule import Schedule, distinct
@@ -79,7 +79,7 @@ _PATTERN = re.compile(r"[A-Za-z0-9_./*-]{1,100}")
 def check_name(name: Any, of: str) -> str:
     """The name of a queue. Raises ``InvalidOption`` with the rule if it can't be one."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidOption(f"{of} {name!a:.120}: use 1 to 100 letters, digits and _ . - /")
+        raise InvalidOption(f"{of} {shown(name, 120)}: use 1 to 100 letters, digits and _ . - /")
     return name
 
 
@@ -332,11 +332,11 @@ def _plain_option(name: str, value: Any) -> Any:
             return flag(value, name)
         case "policy":
             if not isinstance(value, str) or value not in _POLICIES:
-                raise InvalidOption(f"policy must be one of {', '.join(_POLICIES)}, not {value!a:.100}")
+                raise InvalidOption(f"policy must be one of {', '.join(_POLICIES)}, not {shown(value)}")
             return value
         case "bell":
             if not isinstance(value, str) or value not in ("quiet", "always", "never"):
-                raise InvalidOption(f"bell must be 'quiet', 'always' or 'never', not {value!a:.100}")
+                raise InvalidOption(f"bell must be 'quiet', 'always' or 'never', not {shown(value)}")
             return value
     return check_option(name, value)
 

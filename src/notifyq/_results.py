@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ._errors import ConnectionLost, JobNotFound
+from ._errors import ClientClosed, ConnectionLost, JobNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +38,14 @@ class Results:
         self._preparing = trio.Lock()
         self._hearing = False
         self._came_up = trio.Event()
+        self._closed = False
         self._waiters: dict[int, set[trio.Event]] = {}
         listener.on_connected(self._look_again)
+
+    def close(self) -> None:
+        """Whoever waits gets ``ClientClosed``."""
+        self._closed = True
+        self._look_again()
 
     async def wait(self, record: JobRecord) -> JobRecord:
         """Wait until a job has finished, and return what became of it. Raises ``JobNotFound``."""
@@ -60,6 +66,8 @@ class Results:
                         return found
                     with trio.move_on_after(POLL if self._listener.up else 1.0):
                         await announced.wait()
+                    if self._closed:
+                        raise ClientClosed("this client is closed")
                     if announced.is_set():
                         waiters.discard(announced)
                         announced = trio.Event()

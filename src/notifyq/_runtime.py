@@ -13,7 +13,7 @@ import trio
 
 from . import _logging
 from ._connect import prepare, resolve_dsn, resolve_listen_dsn
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 from ._listener import Listener
 from ._middleware import check_middleware
 from ._pool import Pool
@@ -122,7 +122,10 @@ class Runtime:
         Raises:
             ConnectionLost: the server could not be reached in time at start. Later it reconnects for ever.
             SchemaMismatch, MissingPrivilege, UnknownQueue, InvalidOption: it cannot start like this.
+            RuntimeError: it runs already.
         """
+        if self.running:
+            raise RuntimeError("this runtime runs already: to run another, make another of the same queues")
         dsn = resolve_dsn(self.dsn)
         listen_dsn = resolve_listen_dsn(self.listen_dsn, dsn)
         self.id = uuid4()
@@ -150,12 +153,12 @@ class Runtime:
 
 def _checked(queues: Iterable[Queue[Any, Any]]) -> list[Queue[Any, Any]]:
     if isinstance(queues, str | Queue) or not isinstance(queues, Iterable):
-        raise InvalidOption(f"queues must be a sequence of queues, not {queues!a:.100}")
+        raise InvalidOption(f"queues must be a sequence of queues, not {shown(queues)}")
     names: set[str] = set()
     queues = list(queues)
     for queue in queues:
         if not isinstance(queue, Queue):
-            raise InvalidOption(f"give the declarations of queues, not {queue!a:.100}: notifyq.Queue(name)")
+            raise InvalidOption(f"give the declarations of queues, not {shown(queue)}: notifyq.Queue(name)")
         if queue.worker_function is None:
             raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
         if queue.name in names:

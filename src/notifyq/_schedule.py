@@ -12,7 +12,7 @@ import attrs
 
 from ._codec import to_json
 from ._cron import Cron, read_rule, zone_named
-from ._errors import InvalidData, InvalidOption
+from ._errors import InvalidData, InvalidOption, shown
 from ._sql import seconds, whole
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 def check_plain_name(name: Any, of: str) -> str:
     """The name of a schedule or an event. Raises ``InvalidOption`` with the rule if it can't be one."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidOption(f"{of} {name!a:.120}: use 1 to 100 letters, digits and _ . - /")
+        raise InvalidOption(f"{of} {shown(name, 120)}: use 1 to 100 letters, digits and _ . - /")
     return name
 
 
@@ -79,10 +79,10 @@ class Schedule:
         except InvalidOption as error:
             raise InvalidOption(f"schedule {self.name!r}: {error}") from None
         if self.missed not in ("skip", "once"):
-            raise InvalidOption(f"schedule {self.name!r}: missed must be 'skip' or 'once', not {self.missed!a:.100}")
+            raise InvalidOption(f"schedule {self.name!r}: missed must be 'skip' or 'once', not {shown(self.missed)}")
         if self.headers is not None:
             if not isinstance(self.headers, dict):
-                raise InvalidOption(f"schedule {self.name!r}: headers must be a dict, not {self.headers!a:.100}")
+                raise InvalidOption(f"schedule {self.name!r}: headers must be a dict, not {shown(self.headers)}")
             try:
                 to_json(self.headers)
             except InvalidData as error:
@@ -96,7 +96,7 @@ class Schedule:
         """The first so many firings after a moment (default: now), in its time zone. Raises ``InvalidOption``."""
         whole(count, "count", 1, 10_000)
         if after is not None and (not isinstance(after, datetime) or after.tzinfo is None):
-            raise InvalidOption(f"after must be an aware datetime, not {after!a:.100}")
+            raise InvalidOption(f"after must be an aware datetime, not {shown(after)}")
         return list(itertools.islice(firings(self.rule(), after or datetime.now(UTC)), count))
 
 
@@ -111,12 +111,12 @@ def firings(rule: Rule, after: datetime) -> Iterator[datetime]:
 def distinct(schedules: Any, queue: str) -> tuple[Schedule, ...]:
     """The schedules declared with a queue. Raises ``InvalidOption`` unless they are that, with names of their own."""
     if isinstance(schedules, str | Schedule) or not hasattr(schedules, "__iter__"):
-        raise InvalidOption(f"queue {queue!r}: schedules must be a sequence of Schedules, not {schedules!a:.100}")
+        raise InvalidOption(f"queue {queue!r}: schedules must be a sequence of Schedules, not {shown(schedules)}")
     found = tuple(schedules)
     names: set[str] = set()
     for schedule in found:
         if not isinstance(schedule, Schedule):
-            raise InvalidOption(f"queue {queue!r}: schedules must be Schedules, not {schedule!a:.100}")
+            raise InvalidOption(f"queue {queue!r}: schedules must be Schedules, not {shown(schedule)}")
         if schedule.name in names:
             raise InvalidOption(f"queue {queue!r}: two schedules are named {schedule.name!r}: give each a name=")
         names.add(schedule.name)

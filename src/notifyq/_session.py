@@ -145,7 +145,12 @@ class Session:
             with contextlib.suppress(NotifyqError):
                 await self._store.make_leaves(connection)
         await self._roster.begin()
-        await self._register()
+        try:
+            await self._register()
+        except BaseException:  # its answer is unknown
+            with trio.move_on_after(STOP_SECONDS, shield=True), contextlib.suppress(NotifyqError, psycopg.Error):
+                await self._deregister()
+            raise
 
     async def run(self, stopping: trio.Event, task_status: trio.TaskStatus[Client]) -> None:
         """Start all parts, wait for the stop, and end them in order, also when cancelled: then without grace."""
@@ -202,8 +207,7 @@ class Session:
         running.cancel_scope.cancel()
         with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(NotifyqError, psycopg.Error):
             await self._settler.close()
-            async with self._pool.connection() as connection:
-                await self._store.deregister(connection, self._id)
+            await self._deregister()
         self.client.close()
         support.cancel_scope.cancel()
 
@@ -226,9 +230,12 @@ class Session:
                 VERSION,
             )
 
-    async def _register_anew(self) -> None:
+    async def _deregister(self) -> None:
         async with self._pool.connection() as connection:
             await self._store.deregister(connection, self._id)
+
+    async def _register_anew(self) -> None:
+        await self._deregister()
         self._lose()  # also what was claimed since the lease was given up: it has just been let go of
         await self._register()
 

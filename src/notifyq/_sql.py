@@ -22,6 +22,7 @@ from ._errors import (
     SchemaMismatch,
     ServerTrouble,
     UnknownQueue,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ def seconds(value: float | timedelta, option: str, *, least: float = -LONGEST) -
     """A duration in seconds. Raises ``InvalidOption`` unless it is a finite number or a timedelta, ``least`` or more."""
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LONGEST:
-        raise InvalidOption(f"{option} must be a number of seconds or a timedelta, at most 100 years, not {value!r}")
+        raise InvalidOption(
+            f"{option} must be a number of seconds or a timedelta, at most 100 years, not {shown(value)}"
+        )
     if number < least:
         raise InvalidOption(f"{option} must be {least:g} seconds or more, not {value!r}")
     return float(number)
@@ -143,20 +146,20 @@ def text(value: Any, option: str, *, at_most: int | None = None) -> str:
     except UnicodeEncodeError:
         pass
     limit = "" if at_most is None else f" of at most {at_most} bytes"
-    raise InvalidOption(f"{option} must be text{limit} without NUL and lone surrogates, not {value!a:.100}")
+    raise InvalidOption(f"{option} must be text{limit} without NUL and lone surrogates, not {shown(value)}")
 
 
 def flag(value: Any, option: str) -> bool:
     """A boolean. Raises ``InvalidOption``."""
     if not isinstance(value, bool):
-        raise InvalidOption(f"{option} must be True or False, not {value!a:.100}")
+        raise InvalidOption(f"{option} must be True or False, not {shown(value)}")
     return value
 
 
 def whole(value: Any, option: str, least: int, most: int) -> int:
     """An int within bounds. Raises ``InvalidOption``."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InvalidOption(f"{option} must be an int from {least} to {most}, not {value!r:.100}")
+        raise InvalidOption(f"{option} must be an int from {least} to {most}, not {shown(value)}")
     return value
 
 
@@ -188,7 +191,7 @@ def check_option(name: str, value: Any) -> Any:
 
 def _headers(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise InvalidOption(f"headers must be a dict, not {value!a:.100}")
+        raise InvalidOption(f"headers must be a dict, not {shown(value)}")
     try:
         to_json(value)
     except InvalidData as error:

@@ -117,11 +117,13 @@ class QueueWorker:
             await nursery.start(self.executor.run)
             self._started = True
             task_status.started()
-            with self._claiming:
-                await self.claimer.run()
-            for claimed in self.claimer.hands.shelf.take_back():
-                self._release(claimed)
-            self._stopped.set()
+            try:
+                with self._claiming:
+                    await self.claimer.run()
+            finally:  # also when a handler has ended the runtime
+                for claimed in self.claimer.hands.shelf.take_back():
+                    self._release(claimed)
+                self._stopped.set()
 
     async def stop(self) -> None:
         """Claim no more, hand back what has not started, and wait until what runs has ended."""

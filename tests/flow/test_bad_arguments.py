@@ -19,6 +19,7 @@ import trio
 
 import notifyq
 from notifyq import InvalidData, InvalidOption, Job, NewJob, Queue, Runtime, UnknownQueue, testing
+from notifyq._errors import shown
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -58,8 +59,53 @@ async def refused(
         except Exception as error:
             told = repr(error)
         if told:
-            wrong[ascii(value)[:40]] = told
+            wrong[shown(value, 40)] = told
     assert wrong == {}
+
+
+class Broken:
+    def __repr__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+UNSHOWN = (10**5000, nested(50_000), Broken(), "\ud800", [Broken()])
+"""What Python can't put into words, and what no output can be written with."""
+
+
+async def test_what_cannot_be_shown_is_refused_in_words_all_the_same(nq):
+    await nq.create_queue(Q)
+    take: Any = Queue
+    calls: list[tuple[Callable[[Any], Any], str]] = [
+        (lambda value: nq.send(Q, 1, priority=value), "priority"),
+        (lambda value: nq.send(Q, 1, delay=value), "delay"),
+        (lambda value: nq.send(Q, 1, retry_backoff=value), "retry_backoff"),
+        (lambda value: nq.send(Q, 1, key=value), "key"),
+        (lambda value: nq.send(Q, 1, headers=value), "headers"),
+        (lambda value: nq.send(Queue("text", bool), value), "data"),
+        (lambda value: nq.send(value, 1), "queue"),
+        (lambda value: nq.send_flow(value), "Flow"),
+        (lambda value: nq.complete(value), "fetch"),
+        (lambda value: take(value), "queue"),
+        (lambda value: take("x", policy=value), "policy"),
+        (lambda value: take("x", bell=value), "bell"),
+        (lambda value: take("x", schedules=value), "schedules"),
+        (lambda value: take("x").worker(value), "worker"),
+        (lambda value: Runtime(value), "queue"),
+        (lambda value: Runtime([served()], middleware=[value]), "middleware"),
+        (lambda value: Runtime([served()], lease=value), "lease"),
+        (lambda value: notifyq.Schedule(value), "cron"),
+        (lambda value: notifyq.Schedule("* * * * *", timezone=value), "time zone"),
+        (lambda value: notifyq.Schedule(every=value), "every"),
+    ]
+    for call, naming in calls:
+        await refused(call, UNSHOWN, naming)
 
 
 def work(job: Job[int]) -> int:

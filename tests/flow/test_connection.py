@@ -89,6 +89,16 @@ async def test_a_cancelled_query_ends_on_the_server_and_the_connection_goes_on(c
     assert await value(connection, "select 42") == 42
 
 
+async def test_a_statement_of_a_task_that_is_cancelled_already_leaves_the_connection_as_it_was(connection):
+    for _ in range(3):  # as it is, prepared, and from then on
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await connection.fetch("select 1")
+        assert scope.cancelled_caught
+        assert connection.clean
+        await connection.fetch("select 1")
+
+
 async def test_cancelling_inside_a_transaction_rolls_it_back(connection):
     await connection.execute("create temporary table t (n int)")
     with trio.move_on_after(0.1):
