@@ -163,6 +163,20 @@ async def test_more_schedules_than_are_known_at_a_time_fire_in_turn(start, nq, m
     assert {name for name, _ in firings} == {*(f"n{n}" for n in range(8)), "e"}
 
 
+@pytest.mark.parametrize("others", [(), (Schedule(every=7200, name="one"),)], ids=["removed", "changed"])
+async def test_of_programs_that_declare_other_schedules_the_last_one_wins_and_says_so(start, nq, ask, caplog, others):
+    first, _ = working("q", Schedule(every=3600, name="one"))
+    await start(first)
+    await nq.declare([first])
+    assert "schedule" not in caplog.text
+    second, _ = working("q", *others)
+    await nq.declare([second])
+    assert "schedule one of queue q is changed or removed" in caplog.text
+    assert [every.total_seconds() for (every,) in await ask("select every from notifyq.schedules")] == [7200] * len(
+        others
+    )
+
+
 # what goes wrong
 
 
