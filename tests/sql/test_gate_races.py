@@ -393,6 +393,30 @@ async def test_bulk_sends_take_their_keys_and_id_keys_in_one_order(
     await well()
 
 
+async def test_of_two_bulk_sends_that_deadlock_one_sends_all_and_the_other_nothing(
+    ask, connection, other, third, nursery, queue, well
+):
+    await queue()
+    bulk = "select created from notifyq.send_many('q', '{}')".format
+    calls = []
+    async with connection.transaction(force_rollback=True):
+        await ask("select notifyq.send('q', id_key => 'm')")
+        for session, id_keys in ((other, "xmy"), (third, "ymx")):  # the same ones, with other keys
+            jobs = [{"id_key": id_key, "key": key} for id_key, key in zip(id_keys, "abc", strict=True)]
+            calls.append(Call(session, bulk(json.dumps(jobs))))
+            nursery.start_soon(calls[-1].run)
+            await until_waiting(connection, session)
+    created = []
+    for call in calls:
+        try:
+            created.append(await call.answer())
+        except psycopg.errors.DeadlockDetected:
+            again = call
+    assert created == [[(True,)] * 3]
+    assert await rows(again.session, again.statement) == [(False,)] * 3
+    await well()
+
+
 # ends and claims of one key
 
 
