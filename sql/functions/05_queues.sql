@@ -207,7 +207,8 @@ end
 $$;
 
 -- Changes the options named; sends from then on inherit them. Limits hold at once for what starts
--- from now on; the policy can be changed while no job waits or is active (NQ003).
+-- from now on; the policy can be changed while no job waits or is active (NQ003). When a queue without any
+-- gets its first limit, a claim that is under way at that moment is not counted in it: claims of such queues lock no gate.
 create or replace function notifyq.update_queue(name text, options jsonb) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp

@@ -1,6 +1,7 @@
 -- claim: ready tickets become active ones.
 
--- Moves up to how_many due tickets of a queue to ready; returns how many. alone: one session at a
+-- Moves up to how_many due tickets of a queue to ready, by due time and then in the order in which they
+-- were sent; returns how many. alone: one session at a
 -- time, so that the timers of many runtimes do not all do it; the others find nothing to do.
 --
 -- The moment is a variable because clock_timestamp() is volatile: the index could not be asked for it.
@@ -20,7 +21,7 @@ begin
         from notifyq.scheduled s
         where s.queue = promote.queue
         and s.due_at <= moment
-        order by s.due_at
+        order by s.due_at, s.job
         limit promote.how_many
         for update skip locked
     ), gone as (

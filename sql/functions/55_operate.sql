@@ -19,11 +19,11 @@ declare
     requested bigint[];
     affected bigint[] := '{}';
 begin
-    if exists (select from notifyq.gate) then
-        perform notifyq.lock_gates(left_over);
-    end if;
-    -- A ticket can move while we look; what is waiting, active or being moved is found again.
+    -- A ticket can move while we look; what is waiting, active or being moved is found again, and may only now have a gate.
     for round in 1 .. 3 loop
+        if exists (select from notifyq.gate) then
+            perform notifyq.lock_gates(left_over);
+        end if;
         select array_agg(t) into ended
         from (
             select w.* from notifyq.leave_waiting(left_over) w
@@ -140,11 +140,11 @@ declare
     gone bigint[];
     affected bigint[] := '{}';
 begin
-    if exists (select from notifyq.gate) then
-        perform notifyq.lock_gates(left_over);
-    end if;
-    -- A ticket can move while we look; what is waiting, active or being moved is found again.
+    -- A ticket can move while we look; what is waiting, active or being moved is found again, and may only now have a gate.
     for round in 1 .. 3 loop
+        if exists (select from notifyq.gate) then
+            perform notifyq.lock_gates(left_over);
+        end if;
         if delete_in.states && '{scheduled,blocked,ready}' then
             affected := affected || array(select w.job from notifyq.leave_waiting(left_over, delete_in.states) w);
         end if;

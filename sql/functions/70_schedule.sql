@@ -293,14 +293,18 @@ $$;
 
 -- Makes a queue's declared schedules those of this JSON array of schedule()'s arguments (every as seconds or
 -- text): makes, changes, and removes those declared before and not any more. One made by schedule() stays,
--- unless one of its name is declared. One session at a time per queue. Locks: the queue's row, then its schedules'.
-create or replace function notifyq.declare_schedules(queue text, schedules jsonb) returns void
+-- unless one of its name is declared. Returns the names of those declared otherwise before that it has changed or
+-- removed while a live runtime serves the queue: that one may have declared them, and will do so again when it starts.
+-- One session at a time per queue. Locks: the queue's row, then its schedules'.
+create or replace function notifyq.declare_schedules(queue text, schedules jsonb) returns text[]
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     q notifyq.queue;
     entry record;
+    was_declared boolean;
+    overruled text[];
 begin
     if jsonb_typeof(declare_schedules.schedules) is distinct from 'array'
         or jsonb_path_exists(declare_schedules.schedules, 'strict $[*] ? (@.type() <> "object")', silent => true)
@@ -314,15 +318,19 @@ begin
             and s.declared
         )
     then
-        return;
+        return '{}';
     end if;
     perform from notifyq.queue l where l.name = declare_schedules.queue for no key update;
     q := notifyq.queue_named(declare_schedules.queue);
-    delete from notifyq.schedule s
-    where s.queue = q.number
-    and s.declared
-    and not declare_schedules.schedules @> jsonb_build_array(jsonb_build_object('name', s.name));
-    if found then
+    with gone as (
+        delete from notifyq.schedule s
+        where s.queue = q.number
+        and s.declared
+        and not declare_schedules.schedules @> jsonb_build_array(jsonb_build_object('name', s.name))
+        returning s.name
+    )
+    select coalesce(array_agg(g.name order by g.name), '{}') into overruled from gone g;
+    if overruled <> '{}' then
         perform pg_notify(notifyq.channel(0), 'schedule');
     end if;
     for entry in
@@ -342,8 +350,18 @@ begin
         ) then
             perform notifyq.check_schedule(entry.name, entry.cron, entry.every, entry.timezone, entry.missed, entry.headers);
         end if;
-        perform notifyq.put_schedule(q, entry.name, entry.cron, entry.every, entry.timezone, entry.missed, entry.headers, entry.data, true);
+        was_declared := exists (select from notifyq.schedule s where s.queue = q.number and s.name = entry.name and s.declared);
+        if notifyq.put_schedule(q, entry.name, entry.cron, entry.every, entry.timezone, entry.missed, entry.headers, entry.data, true) = 'changed'
+            and was_declared
+        then
+            overruled := overruled || entry.name;
+        end if;
     end loop;
+    return case
+        when exists (select from notifyq.runtime r where q.name = any (r.queues) and r.lease_until > clock_timestamp() and not r.stopping)
+        then overruled
+        else '{}'
+    end;
 end
 $$;
 

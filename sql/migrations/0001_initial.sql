@@ -110,8 +110,8 @@ create table notifyq.scheduled (
     queue int not null,
     attempt int not null default 0
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
--- promote(): what is due in one queue, and when the next one is.
-create index scheduled_due on notifyq.scheduled (queue, due_at);
+-- promote(): what is due in one queue, in its order, and when the next one is.
+create index scheduled_due on notifyq.scheduled (queue, due_at, job);
 
 -- What may not start yet. parents counts those it waits for; with none left it waits for its key.
 create table notifyq.blocked (

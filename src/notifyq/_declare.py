@@ -32,7 +32,13 @@ async def declare(connection: TrioConnection, store: Store, queues: Iterable[Que
         done[queue.name] = await store.create_queue(connection, queue.name, to_json(queue.options))
     for queue in declared:
         schedules = [(schedule, queue.encode(schedule.data)) for schedule in queue.schedules]
-        await store.schedules.declare(connection, queue.name, schedules)
+        for name in await store.schedules.declare(connection, queue.name, schedules):
+            log.warning(
+                "schedule %s of queue %s is changed or removed, as declared here; a live runtime serves the queue "
+                "and may have declared it otherwise",
+                name,
+                queue.name,
+            )
     return done
 
 

@@ -111,7 +111,7 @@ class Queue(Generic[In, Out]):
                 alone. Not the dead-letter queues of others: those need their own names. A pattern takes no options.
             data: the type of its jobs' data.
             output: the type that its worker returns.
-            schedules: when it gets jobs by itself. A runtime that starts makes the database's those declared here.
+            schedules: when it gets jobs by itself. A starting runtime makes the database's those: the last one wins.
             options: retry_limit (attempts after the first), retry_delay and retry_delay_max (seconds or timedelta),
                 retry_backoff (exponential, or fixed), timeout (seconds of one attempt), priority, retention (seconds a
                 finished job is kept; 0: not, None: for ever), expire_in (seconds in which it must start), dead_letter

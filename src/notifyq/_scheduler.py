@@ -43,6 +43,9 @@ PATIENCE = 1.0
 """Seconds until a schedule is tried again whose firing the server could not do, while the others go on; and at most until
 one is whose row somebody has locked: mostly a runtime that fires it, but it may be a transaction that stays open."""
 
+SAY_AGAIN = 60.0
+"""Seconds until it is said again that a schedule's jobs are refused for the same reason: it may fire ten times a second."""
+
 
 class ServerClock:
     """Where the server's clock stands, from answers that said so: between when each was asked for and when it came."""
@@ -94,6 +97,7 @@ class Scheduler:
         self._bell = Bell()
         self._known: dict[int, Known] = {}
         self._unreadable: set[int] = set()
+        self._said: dict[int, tuple[str, float]] = {}
         self._look_at = -math.inf
         self._told: int | None = None
 
@@ -230,7 +234,17 @@ class Scheduler:
             if fired.job is not None and step.fired_for is not None:
                 self._events.emit(ScheduleFired(known.queue, known.name, fired.job, step.fired_for))
             if fired.error is not None:
-                self._events.emit(ScheduleBroken(known.queue, known.name, fired.error))
+                self._refused(known, fired.error)
+            elif fired.done == "fired":
+                self._said.pop(known.number, None)
+
+    def _refused(self, known: Known, error: str) -> None:
+        """Say why a firing made no job: when that is new, and now and then while it lasts."""
+        now = trio.current_time()
+        said, at = self._said.get(known.number, ("", -math.inf))
+        if error != said or now >= at + SAY_AGAIN:
+            self._said[known.number] = (error, now)
+            self._events.emit(ScheduleBroken(known.queue, known.name, error))
 
     def _trouble(self, known: Known, error: Exception) -> None:
         """Say once for a row of failures that the server could not fire one, and let the others go on meanwhile."""

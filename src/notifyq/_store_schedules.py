@@ -88,13 +88,20 @@ class Schedules:
     async def remove(self, connection: TrioConnection, queue: str, name: str) -> bool:
         return bool(await self._calls.value(connection, "select {s}.unschedule($1, $2)", queue, name))
 
-    async def declare(self, connection: TrioConnection, queue: str, schedules: Sequence[tuple[Schedule, str]]) -> None:
-        """Make a queue's declared schedules these, each with its data as JSON text."""
+    async def declare(
+        self, connection: TrioConnection, queue: str, schedules: Sequence[tuple[Schedule, str]]
+    ) -> list[str]:
+        """Make a queue's declared schedules these, each with its data as JSON text.
+
+        Returns the names of those that were declared otherwise, while a live runtime serves the queue.
+        """
         entries = ",".join(
             f'{to_json({name: getattr(schedule, name) for name in _DECLARED})[:-1]},"data":{data}}}'
             for schedule, data in schedules
         )
-        await self._calls.value(connection, "select {s}.declare_schedules($1, $2::jsonb)", queue, f"[{entries}]")
+        statement: LiteralString = "select {s}.declare_schedules($1, $2::jsonb)"
+        overruled: list[str] = await self._calls.value(connection, statement, queue, f"[{entries}]")
+        return overruled
 
     async def records(self, connection: TrioConnection, queue: str | None, name: str | None) -> list[ScheduleRecord]:
         rows = await self._calls.rows(connection, _SCHEDULES, queue, name)

@@ -14,7 +14,7 @@
 | ServerTrouble | a statement of the runtime's own failed, and is tried again; once for a row of failures |
 | ScheduleFired | this runtime made the job of a schedule's firing |
 | ScheduleMissed | firings that no runtime was there for were passed over |
-| ScheduleBroken | a schedule cannot fire here, or its job was refused; the others go on |
+| ScheduleBroken | a schedule cannot fire here, or its job was refused (once a minute while that lasts); others go on |
 | HandlerStuck | a handler ignores cancellation, or blocks the event loop |
 """
 

@@ -109,7 +109,8 @@ async def fresh_database(dsn: str | None = None, *, template: str | None = None)
 
 
 async def age_jobs(nq: Client, by: timedelta) -> None:
-    """Let time pass: every due time, expiry, deadline, lease and finish of the installation moves into the past."""
+    """Let time pass: every due time, expiry, deadline, lease and finish of the installation moves into the past, and so do
+    the starts that rates count and the slots of throttled and debounced keys."""
     text = (files("notifyq") / "sql" / "testing" / "age.sql").read_text(encoding="utf-8")
     async with nq.connection() as connection:
         await connection.execute(_schema.renamed(text, nq.schema).encode())

@@ -180,6 +180,22 @@ async def test_aged_jobs_become_due(nq, dsn):
     assert await testing.run_waiting([queue], dsn=dsn) == {"completed": 1}
 
 
+async def test_what_was_started_and_throttled_long_ago_counts_no_more(nq, dsn):
+    queue = Queue("q", int, int, rate_limit=1, rate_period=3600)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    sent = [(await nq.send(queue, n, key="k", throttle=3600)).created for n in range(2)]
+    assert sent == [True, False]
+    assert await testing.run_waiting([queue], dsn=dsn) == {"completed": 1}
+    await testing.age_jobs(nq, timedelta(hours=1, minutes=2))
+    assert (await nq.send(queue, 3, key="k", throttle=3600)).created
+    assert await testing.run_waiting([queue], dsn=dsn) == {"completed": 1}
+
+
 async def test_an_idle_runtime_of_ten_queues_holds_at_most_three_connections(start, connection, other):
     queues = []
     for number in range(10):

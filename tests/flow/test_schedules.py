@@ -163,6 +163,20 @@ async def test_more_schedules_than_are_known_at_a_time_fire_in_turn(start, nq, m
     assert {name for name, _ in firings} == {*(f"n{n}" for n in range(8)), "e"}
 
 
+@pytest.mark.parametrize("others", [(), (Schedule(every=7200, name="one"),)], ids=["removed", "changed"])
+async def test_of_programs_that_declare_other_schedules_the_last_one_wins_and_says_so(start, nq, ask, caplog, others):
+    first, _ = working("q", Schedule(every=3600, name="one"))
+    await start(first)
+    await nq.declare([first])
+    assert "schedule" not in caplog.text
+    second, _ = working("q", *others)
+    await nq.declare([second])
+    assert "schedule one of queue q is changed or removed" in caplog.text
+    assert [every.total_seconds() for (every,) in await ask("select every from notifyq.schedules")] == [7200] * len(
+        others
+    )
+
+
 # what goes wrong
 
 
@@ -196,17 +210,21 @@ async def _fired(done: list[Job[Any]], name: str) -> bool:
     return any(job.headers["schedule"] == name for job in done)
 
 
-async def test_a_job_that_its_queue_refuses_holds_up_no_other_schedule(start, nq, ask):
+async def test_a_job_that_its_queue_refuses_holds_up_no_other_schedule(start, nq, ask, monkeypatch):
     queue, done = working()
     await nq.create_queue(queue)
     await nq.schedule(queue, Schedule(every=0.1, name="large", data="x" * 100))
     await nq.schedule(queue, Schedule(every=0.1, name="small", data="x"))
     await ask("select notifyq.update_queue('q', '{\"max_data_bytes\": 50}')")
     seen = await start(queue)
-    await seen.wait(ScheduleBroken, 3)
-    await until(lambda: _has(done, 3))
+    await until(lambda: _has(done, 5))
     assert {job.headers["schedule"] for job in done} == {"small"}
-    assert all("over the limit" in event.reason for event in seen.of(ScheduleBroken))
+    assert ["over the limit of 50" in event.reason for event in seen.of(ScheduleBroken)] == [True]
+    # another reason is said at once, the same one now and then
+    await ask("select notifyq.update_queue('q', '{\"max_data_bytes\": 40}')")
+    assert "over the limit of 40" in (await seen.wait(ScheduleBroken, 2))[-1].reason
+    monkeypatch.setattr("notifyq._scheduler.SAY_AGAIN", 0.1)
+    await seen.wait(ScheduleBroken, 4)
 
 
 async def test_a_schedule_that_somebody_has_locked_holds_up_no_other(start, ask, connection, monkeypatch):

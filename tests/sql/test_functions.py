@@ -47,6 +47,15 @@ async def test_a_job_is_sent_claimed_completed_and_failed_with_nothing_but_sql(a
     assert await ask("select notifyq.fail(%s, 'worst')", second) == [("failed",)]
 
 
+async def test_what_is_due_at_one_moment_is_promoted_in_the_order_in_which_it_was_sent(ask, queue):
+    jobs = [id for (id,) in await ask("select notifyq.send('q', delay => '1 hour') from generate_series(1, 4)")]
+    for job in reversed(jobs):  # the first one's ticket is written last
+        await ask("update notifyq.scheduled set due_at = '2020-01-01' where job = %s", job)
+    assert await ask("select notifyq.promote(number, 2) from notifyq.queue") == [(2,)]
+    assert await ask("select job from notifyq.ready order by number") == [(job,) for job in jobs[:2]]
+    assert [id for (id,) in await ask("select id from notifyq.claim('q', 4)")] == jobs
+
+
 async def test_an_id_key_makes_one_job_also_within_one_call(ask, queue):
     [(first, created)] = await ask("select * from notifyq.try_send('q', '1', id_key => 'k')")
     assert created

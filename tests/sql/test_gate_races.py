@@ -43,6 +43,14 @@ async def until_waiting(watcher: TrioConnection, waiter: TrioConnection) -> None
             await trio.sleep(0.005)
 
 
+async def until_waiting_for(watcher: TrioConnection, waiter: TrioConnection, holder: TrioConnection) -> None:
+    """Return once a session waits for a lock that another holds."""
+    waits = "select 1 where %s = any (pg_blocking_pids(%s))"
+    with trio.fail_after(5):
+        while not await rows(watcher, waits, holder.info.backend_pid, waiter.info.backend_pid):
+            await trio.sleep(0.005)
+
+
 class Call:
     """A statement that a session runs while others go on."""
 
@@ -385,6 +393,30 @@ async def test_bulk_sends_take_their_keys_and_id_keys_in_one_order(
     await well()
 
 
+async def test_of_two_bulk_sends_that_deadlock_one_sends_all_and_the_other_nothing(
+    ask, connection, other, third, nursery, queue, well
+):
+    await queue()
+    bulk = "select created from notifyq.send_many('q', '{}')".format
+    calls = []
+    async with connection.transaction(force_rollback=True):
+        await ask("select notifyq.send('q', id_key => 'm')")
+        for session, id_keys in ((other, "xmy"), (third, "ymx")):  # the same ones, with other keys
+            jobs = [{"id_key": id_key, "key": key} for id_key, key in zip(id_keys, "abc", strict=True)]
+            calls.append(Call(session, bulk(json.dumps(jobs))))
+            nursery.start_soon(calls[-1].run)
+            await until_waiting(connection, session)
+    created = []
+    for call in calls:
+        try:
+            created.append(await call.answer())
+        except psycopg.errors.DeadlockDetected:
+            again = call
+    assert created == [[(True,)] * 3]
+    assert await rows(again.session, again.statement) == [(False,)] * 3
+    await well()
+
+
 # ends and claims of one key
 
 
@@ -563,6 +595,28 @@ async def test_a_failed_head_goes_while_a_claim_looks_at_its_key(race, send, cla
     claimed, _ = await race(CLAIM, going.format(a), commit=commit, waits="retry" not in going)
     assert claimed == [(other,)]
     assert sorted(await claim()) == sorted([a if "retry" in going else b] + [other] * (not commit))
+    await well()
+
+
+@pytest.mark.parametrize("taker", ["cancel", "delete"])
+async def test_a_job_that_is_retried_while_it_is_deleted_is_taken_gate_first(
+    ask, connection, other, third, nursery, queue, send, claim, states, well, taker
+):
+    await queue(policy="singleton", retry_limit=0)
+    [a] = await send("k")
+    await claim()
+    await ask("select notifyq.fail(%s, 'x')", a)
+    async with third.transaction():
+        async with connection.transaction():
+            await ask("select notifyq.retry(%s)", a)
+            delete = Call(other, f"select notifyq.delete({a})")
+            nursery.start_soon(delete.run)
+            await until_waiting(connection, other)
+            await rows(third, "select queue from notifyq.gate for update")
+        await until_waiting_for(connection, other, third)
+        assert await rows(third, f"select notifyq.{taker}({a})") == [(True,)]
+    assert await delete.answer() == [(taker == "cancel",)]
+    assert await states(a) == ["gone"]
     await well()
 
 

@@ -1,8 +1,9 @@
 """The rules of time: a plain model of rates, turns, ageing and slots and the SQL functions, step by step together.
 
-No test waits: the times that are stored move into the past, by whole hundredths of a period, the finest that a rate
-counts. A start that is 99 of them old counts, one that is 101 old does not; what one that is 100 old does depends on the
-moment within its hundredth, and the machine never looks then. A hundredth takes days and none ends while this runs.
+No test waits: the times that are stored move into the past, as ``age_jobs`` moves them, by whole hundredths of a period,
+the finest that a rate counts. A start that is 99 of them old counts, one that is 101 old does not; what one that is 100 old
+does depends on the moment within its hundredth, and the machine never looks then. A hundredth takes days and none ends
+while this runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import time
+from importlib.resources import files
 from math import inf
 from typing import Any
 
@@ -264,7 +266,7 @@ class Rules(stateful.RuleBasedStateMachine):
         names = data.draw(st.sampled_from(self.queues)).split()
         options = data.draw(st.fixed_dictionaries({name: OPTIONS[name] for name in names}))
         periods = {name[:-5] + "period": 100 * HUNDREDTH for name in names if name.endswith("rate_limit")}
-        defaults = {"retry_limit": 1000, "retry_delay": 0, "timeout": "50 years"}
+        defaults = {"retry_limit": 1000, "retry_delay": 0, "timeout": "50 years", "retention": None}
         self.ask("select notifyq.create_queue(%s, %s)", self.queue, json.dumps({**defaults, **options, **periods}))
         [(self.number,)] = self.ask("select number from notifyq.queue where name = %s", self.queue)
         self.model = Model(options)
@@ -369,20 +371,7 @@ class Rules(stateful.RuleBasedStateMachine):
         while any(model.clock + hundredths - at == 100 for at, _ in model.starts):
             hundredths += 1
         model.clock += hundredths
-        by = f"interval '{hundredths * HUNDREDTH} s'"
-        shifted = f"starts = (select array_agg(s - {hundredths} order by s) from unnest(starts) s)"
-        changes = {
-            "gate": f"{shifted}, next_start_at = next_start_at - {by}",
-            "key": shifted,
-            "scheduled": f"due_at = due_at - {by}",
-        }
-        for table in ("ready", "blocked", "active") if model.ageing else ():
-            changes[table] = f"number = number - {hundredths * HUNDREDTH}::bigint * 1000 * 1048576"
-        # By way of numbers that are free: a slot may not be two jobs' at any moment.
-        self.ask("update notifyq.reserved set slot = -slot where queue = %s", self.number)
-        changes["reserved"] = f"slot = -slot - {hundredths}, until = until - {by}"
-        for table, change in changes.items():
-            self.ask(f"update notifyq.{table} set {change} where queue = %s", self.number)
+        self.ask("select notifyq.age(%s)", f"{hundredths * HUNDREDTH} s")
 
     @precondition(lambda self: self.model.of("active"))
     @rule(data=st.data(), how=st.sampled_from(list(ENDS)))
@@ -422,6 +411,7 @@ def database(server, template):
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"create database {name} template {template}".encode())
         with psycopg.connect(testing.with_database(server, name), autocommit=True) as connection:
+            connection.execute((files("notifyq") / "sql" / "testing" / "age.sql").read_bytes())
             connection.execute("set statement_timeout = '30 s'")  # a function that is broken may go round for ever
             yield connection
         admin.execute(f"drop database {name}".encode())
