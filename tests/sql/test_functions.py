@@ -164,6 +164,13 @@ async def test_released_keeps_its_place_and_attempt_snoozed_its_attempt(ask, que
     assert await ask("select id, attempt from notifyq.claim('q', 2)") == [(second, 1), (first, 1)]
 
 
+async def test_a_retry_stands_behind_what_was_sent_meanwhile(ask, queue):
+    [(first,), (second,)] = await ask("select notifyq.send('q') from generate_series(1, 2)")
+    await ask("select notifyq.claim('q')")
+    assert await ask("select notifyq.fail(%s, 'bad')", first) == [("ready",)]
+    assert await ask("select id from notifyq.claim('q', 2)") == [(second,), (first,)]
+
+
 async def test_a_claim_by_hand_past_its_lease_is_rescued_its_attempt_spent(ask, queue):
     [(job,)] = await ask("select notifyq.send('q')")
     await ask("select notifyq.claim('q', lease => '1 minute')")
