@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import trio
@@ -13,20 +13,10 @@ import trio.testing
 import notifyq
 from notifyq import Job, Queue, Runtime
 from notifyq._results import POLL
-
-if TYPE_CHECKING:
-    from notifyq._connection import TrioConnection
+from tests.faults.test_cancelled import OTHERS, UNFINISHED, wait_none
 
 SIDES = 10
 TURNS = 12
-OTHERS = """
-select count(*)
-from pg_stat_activity
-where datname = current_database()
-and backend_type = 'client backend'
-and pid <> pg_backend_pid()
-"""
-UNFINISHED = "select count(*) from notifyq.jobs where state <> 'completed'"
 
 
 def served() -> Queue[int, int]:
@@ -38,12 +28,6 @@ def served() -> Queue[int, int]:
         return job.data
 
     return queue
-
-
-async def wait_none(connection: TrioConnection, statement: str) -> None:
-    """Wait until a statement counts nothing."""
-    while await (await connection.execute(statement.encode())).fetchone() != (0,):
-        await trio.sleep(0.005)
 
 
 async def test_a_runtime_that_runs_refuses_to_run_again_and_goes_on(start, nq):
