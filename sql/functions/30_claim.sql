@@ -130,7 +130,7 @@ begin
         current_setting('transaction_isolation') = 'read committed'
         and claim.how_many > 0
         and coalesce(claim.lease > '0' and claim.lease <= '100 years', true)
-        and (claim.durably or set_config('synchronous_commit', 'off', true) = 'off')
+        and (claim.durably is not false or set_config('synchronous_commit', 'off', true) = 'off')
     ) is not true then
         perform notifyq.refuse_claim(claim.how_many, claim.lease);
     end if;

@@ -290,7 +290,7 @@ async def test_bad_input_is_refused_by_name_and_changes_nothing(ask, queue, stat
 
 async def test_a_claim_that_need_not_be_durable_spares_its_transaction_the_flush(connection, ask, queue):
     async with connection.transaction():
-        await ask("select notifyq.claim('q')")
+        await ask("select notifyq.claim('q'), notifyq.claim('q', durably => null)")
         assert await ask("show synchronous_commit") == [("on",)]
         await ask("select notifyq.claim('q', durably => false)")
         assert await ask("show synchronous_commit") == [("off",)]
