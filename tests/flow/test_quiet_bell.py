@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from notifyq import Job, Queue, _claimer
+from notifyq import Job, Queue, _claimer, _fleet
 from notifyq._answers import Claimed
 from notifyq._fleet import Fleet
 from notifyq._opening import open_connection
@@ -20,6 +21,8 @@ from notifyq._worker import QueueWorker
 from notifyq.events import JobCompleted
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from notifyq._connection import TrioConnection
 
 HOUR = 3600.0
@@ -153,21 +156,35 @@ async def test_two_idle_runtimes_run_every_job_once(start, nq, watches):
 
 
 @pytest.fixture
-def claims(monkeypatch):
-    """The queues of the claims that were sent."""
-    made: list[str] = []
+def claimed_by(monkeypatch):
+    """The runtimes that sent claims, one for each claim."""
+    made: list[UUID] = []
     before_claim = QueueWorker._before_claim
 
     def counted(self: QueueWorker) -> int:
-        made.append(self.queue.name)
+        made.append(self._runtime)
         return before_claim(self)
 
     monkeypatch.setattr(QueueWorker, "_before_claim", counted)
     return made
 
 
-async def start_fleet(start: Any, size: int, monkeypatch: Any) -> list[Any]:
-    """So many runtimes, each of which knows of all."""
+@pytest.fixture
+def told_of(monkeypatch):
+    """What runtimes heard others say that they took, once for each that heard it."""
+    told: list[str] = []
+    taken = _fleet.Fleet.taken
+
+    def noted(self: _fleet.Fleet, numbers: str) -> None:
+        told.append(numbers)
+        taken(self, numbers)
+
+    monkeypatch.setattr(_fleet.Fleet, "taken", noted)
+    return told
+
+
+async def start_fleet(start: Any, size: int, monkeypatch: Any) -> tuple[list[Any], list[_claimer.Claimer]]:
+    """So many runtimes, each of which knows of all: what each one emits, and its claimer."""
     claimers: list[_claimer.Claimer] = []
     run = _claimer.Claimer.run
 
@@ -180,25 +197,38 @@ async def start_fleet(start: Any, size: int, monkeypatch: Any) -> list[Any]:
     gate.set()
     seen = [await start(held(gate), lease=6) for _ in range(size)]
     await until(lambda: all(claimer.fleet.size == size and claimer._watch.told for claimer in claimers), 20)
-    return seen
+    return seen, claimers
 
 
-async def test_one_job_costs_many_idle_runtimes_few_claims(start, nq, connection, watches, claims, monkeypatch):
+def rests(claimer: _claimer.Claimer) -> bool:
+    """It is not on its way to another look."""
+    at_rest = claimer._resting and not claimer.bell.rung and not claimer._asked_for
+    return at_rest and claimer._watch.look_at == math.inf
+
+
+async def test_one_job_costs_many_idle_runtimes_few_claims(
+    start, nq, connection, watches, claimed_by, told_of, monkeypatch
+):
     [(most,)] = await (await connection.execute(b"select current_setting('max_connections')::int")).fetchall()
-    seen = await start_fleet(start, 50 if most >= 200 else 30, monkeypatch)
+    # However slow the machine, the others get to hear that it was taken before it is their turn.
+    monkeypatch.setattr(_fleet, "PATIENCE", HOUR)
+    monkeypatch.setattr(_claimer.Claimer, "poll", lambda self: None)
+    seen, claimers = await start_fleet(start, 50 if most >= 200 else 30, monkeypatch)
     for number in range(5):
-        claims.clear()
+        await until(lambda: all(map(rests, claimers)))
+        claimed_by.clear()
+        told_of.clear()
         await nq.send(Queue("q", int), number)
         await until(lambda done=number + 1: sum(len(each.of(JobCompleted)) for each in seen) == done)
-        await trio.sleep(0.1 + 0.02 * len(seen))  # longer than the last of them would wait for its turn
-        assert 1 <= len(claims) <= 5
+        await until(lambda: len(told_of) >= len(seen))
+        assert 1 <= len(set(claimed_by)) <= _fleet.AT_ONCE
 
 
 async def test_what_those_whose_turn_it_is_do_not_take_others_do(start, nq, watches, monkeypatch):
-    seen = await start_fleet(start, 8, monkeypatch)
+    seen, _ = await start_fleet(start, 8, monkeypatch)
     monkeypatch.setattr(_claimer.Claimer, "_ask", lambda self: True)  # those are gone
     await nq.send(Queue("q", int), 1)
-    await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 1, 2)
+    await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 1)
 
 
 def claimed(number: int) -> Claimed:
