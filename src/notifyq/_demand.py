@@ -101,7 +101,13 @@ class Looks:
     """When the ready index was last looked at from its beginning, and how long that took."""
 
     at: float = -math.inf
-    seconds: float = 0.0
+    _last: float = 0.0
+    _before: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long they take: the shorter of the last two, since one alone may have waited for the machine."""
+        return min(self._last, self._before)
 
     @property
     def cheap(self) -> bool:
@@ -110,7 +116,7 @@ class Looks:
 
     def made(self, since: float, now: float) -> None:
         """One was begun then, and has ended."""
-        self.at, self.seconds = now, now - since
+        self.at, self._last, self._before = now, now - since, self._last
 
     def is_due(self, now: float) -> bool:
         """It is time for another one, though busy."""

@@ -23,7 +23,7 @@ from notifyq._batcher import Batcher
 from notifyq._bell import Bell
 from notifyq._claimer import Claimer
 from notifyq._codec import decode, encode, to_json
-from notifyq._demand import Floor, demand
+from notifyq._demand import Floor, Looks, demand
 from notifyq._errors import NoLease
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
@@ -62,6 +62,18 @@ def test_the_floor_trails_the_head_by_a_second_and_a_ring_lowers_it():
     floor.lower(3, 7)
     floor.lower(0, 40)
     assert floor.numbers == {0: 5, 3: 7}
+
+
+def test_looks_are_dear_once_two_in_a_row_took_long():
+    looks = Looks()
+    looks.made(0.0, 1.0)
+    assert looks.cheap
+    looks.made(2.0, 3.5)
+    assert not looks.cheap
+    assert not looks.is_due(3.5 + 19.9)
+    assert looks.is_due(3.5 + 20.1)  # a look of a second may take a twentieth of the time
+    looks.made(24.0, 24.001)
+    assert looks.cheap
 
 
 async def test_a_ring_while_nobody_waits_is_kept_and_many_are_one(autojump_clock):
