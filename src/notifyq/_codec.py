@@ -98,10 +98,32 @@ def encode(value: Any, type_: Any) -> str:
 _read = json.JSONDecoder().raw_decode  # without json.loads()'s search for blanks: jsonb has none around it
 
 
+def _read_without_msgspec(text: str) -> Any:
+    return _read(text)[0]
+
+
+try:
+    from msgspec import MsgspecError
+    from msgspec.json import decode as _read_with_msgspec
+except ImportError:
+    _read_any = _read_without_msgspec
+else:
+
+    def _read_any(text: str) -> Any:
+        try:
+            return _read_with_msgspec(text)
+        except MsgspecError:  # a number that is beyond a double's range
+            return _read_without_msgspec(text)
+
+
 def read_json(text: str | None) -> Any:
-    """Read what the server wrote of a jsonb value. Raises ``InvalidData`` if it is nested too deeply."""
+    """Read what the server wrote of a jsonb value. Raises ``InvalidData`` if it is nested too deeply.
+
+    With msgspec, if that is installed: large data takes it a third of the time. What is written is not left to it, since it
+    takes more than JSON has: it writes NaN as null.
+    """
     try:
-        return None if text is None else _read(text)[0]
+        return None if text is None else _read_any(text)
     except RecursionError:
         raise InvalidData("data is nested too deeply") from None
 
