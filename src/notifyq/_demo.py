@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import trio
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -88,12 +89,12 @@ async def _show_jobs(nq: Client, dsn: str, worker: subprocess.Popen[bytes], cons
     task = progress.add_task("", total=SENT)
     with Live(console=console, refresh_per_second=10) as live:
         for number in range(6):
-            await nq.send(REMINDERS, {"message": f"cup of tea {number + 1}"})
+            await nq.send(REMINDERS, {"message": f"tea {number + 1}"})
         await nq.send(REMINDERS, {"message": "nobody home", "fail": True})
-        await nq.send(REMINDERS, {"message": "later"}, delay=3)
+        await nq.send(REMINDERS, {"message": "in 3 s"}, delay=3)
         for number in range(3):
-            await nq.send(LOGGED, {"message": f"with middleware {number + 1}"})
-        with psycopg.connect(dsn) as connection:
+            await nq.send(LOGGED, {"message": f"logged {number + 1}"})
+        with psycopg.connect(dsn, autocommit=True) as connection:
             for item in ("teapot", "kettle", "biscuits"):
                 connection.execute(INSERT_ORDER, (item,))
         while True:
@@ -107,21 +108,30 @@ async def _show_jobs(nq: Client, dsn: str, worker: subprocess.Popen[bytes], cons
 
 
 def _table(records: list[Any]) -> Table:
-    table = Table(title="notifyq.jobs")
-    for column in ("id", "queue", "data", "state", "attempt", "picked up in", "output or error"):
-        table.add_column(column, no_wrap=column != "output or error")
+    """Fits 80 columns; only the last one wraps much."""
+    table = Table(title="notifyq.jobs", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("id", no_wrap=True, justify="right")
+    for column in ("queue", "data"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("state", max_width=9)
+    table.add_column("attempt", no_wrap=True, justify="right")
+    table.add_column("pickup", no_wrap=True, justify="right")
+    table.add_column("output or error")
     styles = {"completed": "green", "failed": "red", "active": "yellow"}
     for record in records:
-        waited = (record.claimed_at - record.sent_at).total_seconds() if record.claimed_at else None
+        # Of a job that is tried again it would be the time until its last attempt.
+        waited = record.claimed_at - record.sent_at if record.claimed_at and record.attempt == 1 else None
         state = record.state + (" (dead letter)" if record.provenance else " (retry)" if record.retrying else "")
-        end = record.output if record.output is not None else (record.error or {}).get("message", "")
+        end = (record.error or {}).get("message", "") if record.output is None else record.output
+        if isinstance(end, dict):
+            end = end["result"]
         table.add_row(
             str(record.id),
             record.queue,
             str(record.data.get("message", record.data.get("item", ""))),
             f"[{styles.get(record.state, 'default')}]{state}",
             str(record.attempt),
-            "" if waited is None else f"{waited * 1000:.1f} ms",
+            "" if waited is None else f"{waited.total_seconds() * 1000:,.1f}\N{NO-BREAK SPACE}ms",
             str(end),
         )
     return table
