@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
-from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 import click
 import trio
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from . import _schema
 from ._connect import connect, resolve_dsn, resolve_listen_dsn
@@ -27,7 +22,7 @@ from ._runtime import Runtime, run_until_signal
 from ._sql import check_schema_name, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from ._client import Client
 
@@ -57,7 +52,7 @@ class Target:
         return trio.run(main)
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with all columns.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -211,38 +206,3 @@ def bench(arguments: tuple[str, ...]) -> None:
     from .bench.__main__ import main
 
     main.main(list(arguments), prog_name="notifyq bench")
-
-
-def show(rows: Iterable[Mapping[str, Any]], as_json: bool, title: str, *, single: bool = False) -> None:
-    """Print rows as JSON (an object if ``single``), or as a table with a title; a single row as its title alone."""
-    rows = list(rows)
-    if as_json:
-        print(json.dumps(rows[0] if single else rows, default=_plain))
-    elif single:
-        print(title)
-    elif not rows:
-        print(f"no {title}")
-    else:
-        table = Table(title=title)
-        for column in rows[0]:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*(Text(_cell(value)) for value in row.values()))
-        Console().print(table)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has no type for: durations in seconds, moments in ISO 8601, the rest as text."""
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    return value.isoformat() if isinstance(value, datetime) else str(value)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict | list):
-        return json.dumps(value, default=str, ensure_ascii=False)[:200]
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return f"{value:%Y-%m-%d %H:%M:%S}" if hasattr(value, "strftime") else str(value)

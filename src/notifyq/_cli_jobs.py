@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from ._cli import as_json, cli, show
+from ._cli import as_json, cli
+from ._cli_table import show, show_record
 from ._client import Client
 from ._errors import InvalidData
 from ._queue import Queue
@@ -66,7 +67,11 @@ def send(target: Target, /, queue: str, data: str, as_json: bool, **options: Any
 @click.pass_obj
 def runtimes(target: Target, as_json: bool) -> None:
     """The processes that run jobs."""
-    show(target.ask(Client.runtimes), as_json, "runtimes")
+    rows = target.ask(Client.runtimes)
+    if not as_json:
+        columns = ("id", "hostname", "pid", "version", "queues", "beat_at", "state", "active")
+        rows = [{name: row[name] for name in columns} for row in rows]
+    show(rows, as_json, "runtimes")
 
 
 @cli.command()
@@ -101,7 +106,9 @@ def show_job(target: Target, job: int, as_json: bool) -> None:
     if as_json:
         show([row | {"flow_jobs": [attrs.asdict(each) for each in flow]}], True, "", single=True)
         return
-    show([{"field": key, "value": value} for key, value in row.items() if value is not None], False, f"job {job}")
+    if error := row["error"]:
+        row |= {"error": f"{error['type']}: {error['message']}", "traceback": error["traceback"]}
+    show_record(row, f"job {job}")
     if flow:
         Console().print(flow_tree(flow, job))
 

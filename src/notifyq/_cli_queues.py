@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from ._cli import as_json, cli, load_runtime, show
+from ._cli import as_json, cli, load_runtime
+from ._cli_table import show
 from ._client import Client
 from ._queue import Queue
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from ._cli import Target, as_json, cli, show
+from ._cli import Target, as_json, cli
 from ._cli_jobs import parsed
+from ._cli_table import show
 from ._client import Client
 from ._errors import InvalidOption
 from ._queue import Queue
