@@ -203,7 +203,7 @@ class Session:
                 worker.executor.stop_all()
             await self._stop_workers()
         for worker in self._workers:
-            worker.executor.threads.leave()
+            worker.leave()
         running.cancel_scope.cancel()
         with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(NotifyqError, psycopg.Error):
             await self._settler.close()
