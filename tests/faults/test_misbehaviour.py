@@ -266,6 +266,13 @@ async def leave_a_generator(job: Job[int]) -> int:
 kept: list[AsyncGenerator[int, None]] = []
 
 
+async def leave_a_cancelled_scope(job: Job[int]) -> int:
+    left = trio.CancelScope()
+    left.__enter__()
+    left.cancel()
+    return job.data
+
+
 async def raise_a_mixed_group(job: Job[int]) -> int:
     raise ExceptionGroup("mixed", [ValueError("a"), ExceptionGroup("inner", [KeyError("b")])])
 
@@ -281,6 +288,7 @@ async def block(job: Job[int]) -> int:
         (swallow, "timeout"),
         (leak, None),
         (leave_a_generator, None),
+        (leave_a_cancelled_scope, None),
         (raise_a_mixed_group, "ExceptionGroup"),
         (block, None),
     ],
