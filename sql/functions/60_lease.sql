@@ -97,7 +97,9 @@ begin
     ) n;
     select extract(epoch from min(l.lapses) - clock_timestamp()) into lapse_in
     from (
-        select min(r.lease_until) as lapses from notifyq.runtime r where r.id <> beat.runtime
+        select min(greatest(r.lease_until, pg_postmaster_start_time() + r.lease)) as lapses
+        from notifyq.runtime r
+        where r.id <> beat.runtime
         union all
         select min(a.deadline) from notifyq.active a where a.runtime is null
     ) l;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def cli(context: click.Context, dsn: str | None, schema: str | None) -> None:
 @click.option("--supervised", is_flag=True, hidden=True, help="Stop when stdin is closed.")
 @click.pass_obj
 def run(target: Target, app: str, processes: int, listen_dsn: str | None, verbose: bool, supervised: bool) -> None:
-    """Run the workers of a runtime until SIGTERM or SIGINT; a second signal stops at once.
+    """Run the workers of a runtime until SIGTERM or SIGINT, then end with 0; a second signal stops at once.
 
     The database is the one of --dsn, else the one that MODULE's Runtime names, else DATABASE_URL's.
     """
@@ -90,22 +91,40 @@ def run(target: Target, app: str, processes: int, listen_dsn: str | None, verbos
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
     logging.getLogger("psycopg").setLevel(logging.ERROR)
+    on_signals(leave)
     runtime = load_runtime(app)
+    asked: list[int] = []
+    on_signals(lambda number, _: asked.append(number))
     if listen_dsn is not None or target.dsn is not None:
         runtime.listen_dsn = listen_dsn
     runtime.dsn = resolve_dsn(runtime.dsn if target.dsn is None else target.dsn)
     listen_dsn = resolve_listen_dsn(runtime.listen_dsn, runtime.dsn)
     runtime.schema = target.given_schema or runtime.schema
-    if processes == 1:
-        trio.run(partial(run_until_signal, runtime, supervised=supervised))
-    else:
-        from ._supervisor import supervise
+    try:
+        if processes == 1:
+            trio.run(partial(run_until_signal, runtime, asked, supervised=supervised))
+        else:
+            from ._supervisor import supervise
 
-        options = ["-v"] if verbose else []
-        # In the environment, since others can read a command line.
-        arguments = ["--schema", runtime.schema, "run", app, "--supervised", *options]
-        environment = {**os.environ, "NOTIFYQ_DSN": runtime.dsn, "NOTIFYQ_LISTEN_DSN": listen_dsn}
-        sys.exit(trio.run(supervise, arguments, processes, environment))
+            options = ["-v"] if verbose else []
+            # In the environment, since others can read a command line.
+            arguments = ["--schema", runtime.schema, "run", app, "--supervised", *options]
+            environment = {**os.environ, "NOTIFYQ_DSN": runtime.dsn, "NOTIFYQ_LISTEN_DSN": listen_dsn}
+            sys.exit(trio.run(supervise, arguments, processes, environment, asked))
+    finally:
+        on_signals(signal.SIG_IGN)  # it has ended already
+
+
+def on_signals(act: Any) -> None:
+    """What SIGTERM and SIGINT do while it is not trio that receives them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, act)
+
+
+def leave(*_: object) -> None:
+    """End the process at once: nothing runs yet."""
+    on_signals(signal.SIG_IGN)
+    sys.exit(0)
 
 
 def load_runtime(app: str) -> Runtime:

@@ -21,7 +21,7 @@ from ._store import Store
 from .events import Events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from datetime import timedelta
 
 __all__ = ["connect", "prepare", "resolve_dsn", "resolve_listen_dsn"]
@@ -103,8 +103,7 @@ def _is_final(error: ConnectionLost) -> bool:
     return any(words in text for words in ("authentication failed", "does not exist", "no pg_hba.conf entry"))
 
 
-@contextlib.asynccontextmanager
-async def connect(
+def connect(
     dsn: str | None = None,
     *,
     listen_dsn: str | None = None,
@@ -112,8 +111,8 @@ async def connect(
     migrate: bool = True,
     pool_size: int = 10,
     connect_timeout: float | timedelta = 10.0,
-) -> AsyncIterator[Client]:
-    """Open a client for the block.
+) -> contextlib.AbstractAsyncContextManager[Client]:
+    """Open a client for the block: ``async with connect() as client``.
 
     Args:
         dsn: a PostgreSQL URI or key=value string (default: the environment's ``DATABASE_URL``).
@@ -128,7 +127,45 @@ async def connect(
         ConnectionLost: the server could not be reached in time, or refused the connection.
         SchemaMismatch: the schema is newer, or ``migrate=False`` and it is missing or older.
         MissingPrivilege: the role may not install it.
+        RuntimeError: it is open already. Once closed it can be opened again, with a client of its own.
     """
+    return _Opening(lambda: _opened(dsn, listen_dsn, schema, migrate, pool_size, connect_timeout))
+
+
+class _Opening(contextlib.AbstractAsyncContextManager["Client"]):
+    """Opens a client each time that it is entered, one at a time."""
+
+    def __init__(self, opened: Callable[[], contextlib.AbstractAsyncContextManager[Client]]) -> None:
+        self._opened = opened
+        self._entered: contextlib.AbstractAsyncContextManager[Client] | None = None
+
+    async def __aenter__(self) -> Client:
+        if self._entered is not None:
+            raise RuntimeError("this client is open already: use it, or call connect() again for another one")
+        self._entered = self._opened()
+        try:
+            return await self._entered.__aenter__()
+        except BaseException:
+            self._entered = None
+            raise
+
+    async def __aexit__(self, *raised: Any) -> bool | None:
+        assert self._entered is not None
+        try:
+            return await self._entered.__aexit__(*raised)
+        finally:
+            self._entered = None
+
+
+@contextlib.asynccontextmanager
+async def _opened(
+    dsn: str | None,
+    listen_dsn: str | None,
+    schema: str,
+    migrate: bool,
+    pool_size: int,
+    connect_timeout: float | timedelta,
+) -> AsyncIterator[Client]:
     dsn = resolve_dsn(dsn)
     listen_dsn = resolve_listen_dsn(listen_dsn, dsn)
     check_schema_name(schema)

@@ -1,7 +1,8 @@
 """Runs one queue's jobs in a fixed number of slots. User code runs here and nowhere else; no SQL.
 
 A slot takes what the claimer has, decodes it, runs the worker under the attempt's deadline and turns what happens
-into an outcome. Whatever a handler does, its slot survives; what is not an ``Exception`` ends the runtime.
+into an outcome. Whatever a handler does, its slot survives; what is not an ``Exception`` fails its attempt and ends the
+runtime, and what runs beside it is tried again, as when the runtime is stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import attrs
 import trio
 
 from ._bell import Bell
+from ._ending import being_cancelled, ends_all, survived
 from ._errors import InvalidData, InvalidOption, LeaseLost
 from ._middleware import wrap
 from ._queue import job_of
@@ -171,11 +173,14 @@ class Executor:
     def stop_all(self) -> None:
         """Cancel every handler; their jobs are tried again."""
         for run in list(self._runs.values()):
-            started = run.connection is not None or not self._worker.transaction
-            self._stop(run, "shutdown" if started else "unstarted")
+            self._stop_for_shutdown(run)
+
+    def _stop_for_shutdown(self, run: _Run) -> None:
+        started = run.connection is not None or not self._worker.transaction
+        self._stop(run, "shutdown" if started else "unstarted")
 
     def _stop(self, run: _Run, reason: str) -> None:
-        run.reason = run.reason or reason
+        run.reason = "lost" if reason == "lost" else run.reason or reason
         run.cancelled = True
         run.scope.cancel()
 
@@ -199,8 +204,11 @@ class Executor:
                         pass
             except Exception as raised:  # what is left of a group whose other part was our cancelling, above all
                 error = raised
-            finally:
-                self._ends(run)
+            except BaseException as raised:  # the runtime ends, by this handler, or by another one that this ran beside
+                if not ends_all(raised):
+                    self._stop_for_shutdown(run)
+                self._settle_all(run, None, raised)
+                raise
             self._settle_all(run, None, error)
             await self._settled()
             if trio.current_time() >= self._turn_ends:
@@ -218,9 +226,10 @@ class Executor:
                     run.decided = True
                 else:
                     result = await self._call(run.jobs if self._worker.kind == "batch" else run.jobs[0])
-            except Exception as raised:
-                error = raised
-        self._ends(run)
+            except BaseException as raised:
+                error = survived(raised)
+                if being_cancelled() and not run.scope.cancel_called:  # for another handler has ended the runtime
+                    self._stop_for_shutdown(run)
         room = self._settle_all(run, result, error)
         if run.cancelled:
             return False
@@ -293,8 +302,9 @@ class Executor:
         if self._ended:
             self._ended.unpark_all()
 
-    def _settle_all(self, run: _Run, result: Any, error: Exception | None) -> bool:
-        """Settle what one call brought, if that is not done. False: too much is not written yet."""
+    def _settle_all(self, run: _Run, result: Any, error: BaseException | None) -> bool:
+        """The call has ended: settle what it brought, if that is not done. False: too much is not written yet."""
+        self._ends(run)
         room = True
         for outcome in self._judge(run, result, error):
             room = self._settle(outcome, self._queue.name)
@@ -303,12 +313,12 @@ class Executor:
         run.batch, run.jobs = [], []
         return room
 
-    def _judge(self, run: _Run, result: Any, error: Exception | None) -> list[Outcome]:
+    def _judge(self, run: _Run, result: Any, error: BaseException | None) -> list[Outcome]:
         jobs, now = run.jobs, trio.current_time()
         run.cancelled |= run.given_up
         if not jobs or run.given_up:
             return []
-        if run.decided and error is None:
+        if run.decided and not isinstance(error, Exception):
             return [] if result is None else [result]
         late = now >= run.deadline
         if late or run.cancelled:

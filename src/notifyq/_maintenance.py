@@ -5,6 +5,7 @@ Every runtime does it; the SQL functions let one at a time through. No leader.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from ._sql import reason
 from .events import JobsRescued, ServerTrouble
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from ._pool import Pool
     from ._store import Store
     from .events import Events
@@ -29,6 +32,10 @@ FIRST = (1.0, 5.0)
 urgent (claims refuse what has expired, rescues come at their moment), and a round's five statements and the beats must stay
 under one in 5 s."""
 
+REST = 0.25
+"""Seconds after a rescue until the next of the same: it stepped over a runtime's row that is in use, or that somebody else
+rescues. Only the beat that follows it comes so soon."""
+
 BATCH = 1000
 """What expire() and purge() do at a time: see ``sql/functions/80_maintain.sql``."""
 
@@ -36,34 +43,66 @@ BATCH = 1000
 class Maintenance:
     """Rounds of maintenance, and rescues at the moment a lease lapses."""
 
-    def __init__(self, pool: Pool, store: Store, events: Events) -> None:
+    def __init__(self, pool: Pool, store: Store, events: Events, look: Callable[[], object]) -> None:
+        """``look`` asks for a beat at once, which says ``lapses_in()``."""
         self._pool = pool
         self._store = store
         self._events = events
+        self._look = look
         self._random = random.Random()
+        self._look_at = math.inf
         self._rescue_at = math.inf
+        self._rescued_at = -math.inf
         self._sleep = trio.CancelScope()
 
-    def rescue_in(self, seconds: float | None) -> None:
-        """A lease of somebody else lapses in so many seconds, if it is not renewed before; None: nobody's does."""
-        self._rescue_at = math.inf if seconds is None else trio.current_time() + max(seconds, 0.0) + 0.05
+    def lapses_in(self, seconds: float | None) -> None:
+        """Of the leases of others the first one lapses in so many seconds if it is not renewed; None: there are none.
+
+        At that very moment it is looked at again, for the next beat may be far: who is dead is rescued, and then the
+        next one's is known. While nobody dies all have been renewed before.
+        """
+        now = trio.current_time()
+        self._look_at = self._rescue_at = math.inf
+        if seconds is not None and seconds > 0:
+            self._look_at = now + seconds
+        elif seconds is not None and (now + seconds > self._rescued_at or now > self._rescued_at + REST):
+            self._rescue_at = now
         self._sleep.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Maintain until cancelled. What fails is left to the next round."""
+        """Maintain until cancelled. What fails is left to the next round, or beat."""
         task_status.started()
-        next_round = trio.current_time() + self._random.uniform(*FIRST)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._rounds)
+            nursery.start_soon(self._rescues)  # which no round holds up: much to purge takes long
+
+    async def _rounds(self) -> None:
+        await trio.sleep(self._random.uniform(*FIRST))
         while True:
-            try:
-                if trio.current_time() >= next_round:
-                    next_round = trio.current_time() + self._random.uniform(*EVERY)
-                    await self._round()
-                if trio.current_time() >= self._rescue_at:
-                    await self._rescue()
-            except (NotifyqError, psycopg.Error) as error:
-                self._events.emit(ServerTrouble("maintenance", reason(error)))
-            with trio.CancelScope(deadline=min(next_round, self._rescue_at)) as self._sleep:
+            started = trio.current_time()
+            with self._trouble_told():
+                await self._round()
+            await trio.sleep_until(started + self._random.uniform(*EVERY))
+
+    async def _rescues(self) -> None:
+        while True:
+            with trio.CancelScope(deadline=min(self._look_at, self._rescue_at)) as self._sleep:
                 await trio.sleep_forever()
+            now = trio.current_time()
+            if now >= self._rescue_at:
+                with self._trouble_told():
+                    await self._rescue()
+                    self._look()
+            elif now >= self._look_at:
+                self._look_at = math.inf
+                self._look()
+
+    @contextlib.contextmanager
+    def _trouble_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (NotifyqError, psycopg.Error) as error:
+            self._events.emit(ServerTrouble("maintenance", reason(error)))
 
     async def _round(self) -> None:
         """Each step is a transaction of its own: none waits for another, and none undoes another."""
@@ -78,7 +117,8 @@ class Maintenance:
                 pass
 
     async def _rescue(self) -> None:
-        self._rescue_at = math.inf  # the next beat knows the next one
+        self._rescue_at = math.inf
+        self._rescued_at = trio.current_time()
         async with self._pool.connection() as connection:
             rescued = await self._store.rescue(connection)
         if rescued:

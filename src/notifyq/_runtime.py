@@ -184,14 +184,17 @@ def run(runtime: Runtime) -> None:
     trio.run(run_until_signal, runtime)
 
 
-async def run_until_signal(runtime: Runtime, *, supervised: bool = False) -> None:
+async def run_until_signal(runtime: Runtime, asked: Sequence[int] = (), *, supervised: bool = False) -> None:
     """Run a runtime until SIGTERM or SIGINT; a second signal cancels it without grace, a third ends the process.
 
+    ``asked``: signals that came before it began; then it does not begin.
     ``supervised``: also until stdin, a pipe from the supervisor, is closed at its other end.
     """
     raised: Exception | None = None
     running = trio.CancelScope()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        if asked:
+            return
         async with trio.open_nursery() as nursery:
 
             async def obey() -> None:

@@ -83,7 +83,6 @@ class Session:
         self._listener = listener
         self._standing = Standing(listener, store)
         self._settler = Settler(pool, store, settings.id, settings.events)
-        self._maintenance = Maintenance(pool, store, settings.events)
         self._scheduler = Scheduler(pool, store.schedules, settings.events)
         self._heart = Heart(
             str(settings.id),
@@ -94,6 +93,7 @@ class Session:
             lost=self._lose,
             events=settings.events,
         )
+        self._maintenance = Maintenance(pool, store, settings.events, self._heart.soon)
         self._roster = Roster(
             settings.queues,
             self._make_worker,
@@ -203,7 +203,7 @@ class Session:
                 worker.executor.stop_all()
             await self._stop_workers()
         for worker in self._workers:
-            worker.executor.threads.leave()
+            worker.leave()
         running.cancel_scope.cancel()
         with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(NotifyqError, psycopg.Error):
             await self._settler.close()
@@ -260,7 +260,7 @@ class Session:
 
     def _told(self, beat: Beat) -> None:
         """What a beat said."""
-        self._maintenance.rescue_in(beat.lapse_in)
+        self._maintenance.lapses_in(beat.lapse_in)
         self._scheduler.told(beat.schedules)
         self._roster.told(beat)
         # More held than known: on its way to or from here, or the answer to a claim was lost.

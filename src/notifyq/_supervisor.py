@@ -14,7 +14,7 @@ import trio
 from ._backoff import reconnect_delay
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
 __all__ = ["supervise"]
 
@@ -27,8 +27,12 @@ CLEAN = (0, -signal.SIGTERM)
 """Exit statuses of a stopped process: by itself, or by the signal while it was still importing."""
 
 
-async def supervise(arguments: list[str], processes: int, environment: Mapping[str, str]) -> int:
+async def supervise(
+    arguments: list[str], processes: int, environment: Mapping[str, str], asked: Sequence[int] = ()
+) -> int:
     """Run ``python -m notifyq`` with these arguments in so many processes until SIGTERM or SIGINT.
+
+    ``asked``: signals that came before; then it does not begin.
 
     Each gets the signals that this process gets, and stops by itself when this process is gone: its stdin is a pipe that
     nobody else holds open. One that crashes is started again, with a growing delay. As long as none has ever run for
@@ -37,6 +41,8 @@ async def supervise(arguments: list[str], processes: int, environment: Mapping[s
     """
     fleet = _Fleet(arguments, environment)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        if asked:
+            return 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fleet.obey, signals)
             async with trio.open_nursery() as keepers:

@@ -22,7 +22,9 @@ TRACEBACK_LIMIT = 16_000
 """Characters kept of an error's message and traceback; of the traceback the end, where the error is."""
 
 
-def judge(job: Job[Any], result: Any, error: Exception | None, *, type_: Any, limit: int, elapsed: float) -> Outcome:
+def judge(
+    job: Job[Any], result: Any, error: BaseException | None, *, type_: Any, limit: int, elapsed: float
+) -> Outcome:
     """The outcome of one job: ``result`` is of ``type_``, at most ``limit`` bytes as JSON; ``elapsed`` seconds."""
     if error is not None:
         return _failure(job, error)
@@ -38,12 +40,12 @@ def judge(job: Job[Any], result: Any, error: Exception | None, *, type_: Any, li
 
 
 def judge_batch(
-    jobs: list[Job[Any]], result: Any, error: Exception | None, *, type_: Any, limit: int, elapsed: float
+    jobs: list[Job[Any]], result: Any, error: BaseException | None, *, type_: Any, limit: int, elapsed: float
 ) -> list[Outcome]:
     """What a batch worker returned or raised, as one outcome a job."""
 
     def one(job: Job[Any], value: Any) -> Outcome:
-        raised = value if isinstance(value, Exception) else None
+        raised = value if isinstance(value, BaseException) else None
         return judge(job, None if raised else value, raised, type_=type_, limit=limit, elapsed=elapsed)
 
     if error is not None or result is None:
@@ -99,7 +101,7 @@ def data_invalid(job_id: int, attempt: int, error: InvalidData) -> Failed:
     return Failed(job_id, attempt, "data_invalid", _short(error), final=True)
 
 
-def _failure(job: Job[Any], error: Exception) -> Outcome:
+def _failure(job: Job[Any], error: BaseException) -> Outcome:
     try:
         if isinstance(error, Snooze):
             return Snoozed(job.id, job.attempt, max(0.0, seconds(error.delay, "Snooze")), job._as_of)

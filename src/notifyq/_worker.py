@@ -132,6 +132,11 @@ class QueueWorker:
             await self._stopped.wait()
         await self.executor.wait_idle()
 
+    def leave(self) -> None:
+        """Wait no longer for what was cancelled and does not end: it may have effects yet, so it ends as lost."""
+        self.executor.abandon(None)
+        self.executor.threads.leave()
+
     def lose_all(self) -> None:
         """The lease lapsed: drop what has not started and cancel what runs, without settling."""
         self._lease_number += 1  # what a claim under way brings is not ours, either

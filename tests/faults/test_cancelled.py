@@ -73,8 +73,8 @@ def steps_to_try(how_many: int, last: int) -> Iterator[int]:
     yield from range(1 + random.Random(seed).randrange(stride), last + 1, stride)
 
 
-async def value(connection: TrioConnection, statement: str) -> Any:
-    row = await (await connection.execute(statement.encode())).fetchone()
+async def value(connection: TrioConnection, statement: str, *arguments: Any) -> Any:
+    row = await (await connection.execute(statement.encode(), arguments or None)).fetchone()
     assert row is not None
     return row[0]
 

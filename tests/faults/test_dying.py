@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -14,9 +15,12 @@ import trio.lowlevel
 import notifyq
 from notifyq import Job, Queue, events
 from notifyq._store import Store
+from tests.faults.test_cancelled import value
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from notifyq._connection import TrioConnection
 
 APP = """
 import notifyq, trio
@@ -29,7 +33,7 @@ async def work(job):
     await trio.sleep({seconds})
     return job.attempt
 
-runtime = notifyq.Runtime([slow], lease=2, grace={grace})
+runtime = notifyq.Runtime([slow], lease={lease}, grace={grace})
 """
 
 
@@ -37,9 +41,9 @@ class Process:
     """``notifyq run`` of a module written for the test."""
 
     def __init__(
-        self, folder: Path, dsn: str, *, seconds: float, grace: float, arguments: tuple[str, ...] = ()
+        self, folder: Path, dsn: str, *, seconds: float, grace: float, lease: float = 2, arguments: tuple[str, ...] = ()
     ) -> None:
-        (folder / "app.py").write_text(APP.format(seconds=seconds, grace=grace), encoding="utf-8")
+        (folder / "app.py").write_text(APP.format(seconds=seconds, grace=grace, lease=lease), encoding="utf-8")
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "notifyq", "run", "app:runtime", *arguments],
             cwd=folder,
@@ -83,6 +87,81 @@ async def test_the_jobs_of_a_killed_runtime_run_elsewhere(dsn, nq, tmp_path, sta
     record = await nq.get(sent[0])
     assert record.error is not None
     assert record.error["type"] == "lost"
+
+
+async def test_with_a_lease_of_a_second_and_a_half_jobs_of_the_killed_run_elsewhere_within_two(
+    dsn, nq, connection, tmp_path, start
+):
+    process = Process(tmp_path, dsn, seconds=3600, grace=0, lease=1.5)
+    await nq.create_queue(SLOW)
+    await nq.send_many(SLOW, [1, 2])
+    await process.line()
+    await process.line()
+    queue = Queue("slow", int, int, retry_limit=3)
+    ran: list[float] = []
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        ran.append(trio.current_time())
+        return job.attempt
+
+    seen = await start(queue, lease=1.5)
+    with trio.fail_after(10):
+        # The worst moment: it has just renewed its lease.
+        renewed = "select max(beat_at) from notifyq.runtime where pid <> %s"
+        last = await value(connection, renewed, os.getpid())
+        while await value(connection, renewed, os.getpid()) == last:
+            await trio.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        killed = trio.current_time()
+        await seen.wait(events.JobCompleted, 2)
+    await process.end()
+    print(f"after {max(ran) - killed:.3f} s")
+    assert 1 < max(ran) - killed < 2
+
+
+async def dead(connection: TrioConnection, lease: float, holding: int) -> None:
+    """A runtime that beats no more, with so many jobs of queue q."""
+    identity = await value(connection, "select gen_random_uuid()")
+    await connection.execute("select notifyq.register(%s, '{q}', %s)", (identity, timedelta(seconds=lease)))
+    if holding:
+        await connection.execute("select notifyq.claim('q', %s, %s)", (holding, identity))
+
+
+async def test_each_of_several_dead_is_rescued_when_its_own_lease_lapses(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._maintenance.FIRST", (60.0, 60.0))
+    queue = Queue("q", int, int, retry_limit=1)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    await nq.create_queue(queue)
+    jobs = await nq.send_many(queue, [1, 2])
+    for lease, holding in ((1.0, 1), (1.2, 0), (1.4, 1)):
+        await dead(connection, lease, holding)
+    seen = await start(queue)  # it beats every 5 s
+    with trio.fail_after(4):
+        assert [await nq.result(job) for job in jobs] == [2, 2]
+    assert len(seen.of(events.JobsRescued)) == 2
+    assert len(await nq.runtimes()) == 1
+
+
+async def test_a_round_of_maintenance_that_takes_long_holds_up_no_rescue(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._maintenance.FIRST", (0.0, 0.0))
+    queue = Queue("q", int, int, retry_limit=1)
+    queue.worker(lambda job: job.attempt)
+    await nq.create_queue(queue)
+    sent = await nq.send(queue, 1)
+    await dead(connection, 1.0, 1)
+    with trio.fail_after(10):
+        async with connection.transaction():
+            await connection.execute("lock table notifyq.archive in exclusive mode")
+            seen = await start(queue)
+            while not await value(connection, "select count(*) from pg_locks where not granted"):
+                await trio.sleep(0.005)
+            await seen.wait(events.JobsRescued, seconds=4)
+        assert await nq.result(sent) == 2
 
 
 async def test_sigterm_lets_running_jobs_finish_and_hands_back_the_rest(dsn, nq, tmp_path):

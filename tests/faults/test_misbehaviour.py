@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,12 @@ import trio
 import notifyq
 from notifyq import Job, Queue, Runtime, events
 from notifyq._session import STOP_SECONDS
+from tests.faults.test_cancelled import value
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+
+    from notifyq._connection import TrioConnection
 
 HOUR = 3600.0
 
@@ -99,8 +103,108 @@ async def test_what_is_no_exception_ends_the_runtime_and_hands_all_jobs_back(dsn
     assert {type(one) for one in leaves(error())} <= {type(leaf) for leaf in leaves(raised.value)}
     assert not runtime.running
     assert await nq.runtimes() == []
-    assert [(await nq.get(job)).state for job in (*sent, running, prefetched)] == ["ready"] * 3
-    assert (await nq.get(prefetched)).attempt == 0
+    records = [await nq.get(job) for job in (*sent, running, prefetched)]
+    assert [record.state for record in records] == ["ready"] * 3
+    assert [record.attempt for record in records] == [1, 1, 0]
+    assert [record.error and record.error["type"] for record in records] == [type(error()).__name__, "shutdown", None]
+
+
+class Beside:
+    """Jobs of every kind that are running when their runtime ends."""
+
+    AGAIN = ("waits", "waits in a batch", "writes", "raises when it is cancelled")
+    DONE = ("swallows it", "thread that ends in time")
+    LOST = ("thread that never ends",)
+
+    def __init__(self, retry_limit: int) -> None:
+        self.queues = {
+            kind: Queue(kind.replace(" ", "_"), int, int, retry_limit=retry_limit, retry_delay=60)
+            for kind in self.AGAIN + self.DONE + self.LOST
+        }
+        self.cancelled, self.let_go = threading.Event(), threading.Event()
+        self._running: set[str] = set()
+        self._all_run = trio.Event()
+        for kind, queue in self.queues.items():
+            if "batch" in kind:
+                queue.batch_worker(batch_size=2)(self._wait)
+            elif "thread" in kind:
+                queue.worker(self._wait_in_thread)
+            elif kind == "writes":
+                queue.worker(transaction=True)(self._write)
+            else:
+                queue.worker(self._wait)
+
+    async def wait_for_all(self) -> None:
+        await self._all_run.wait()
+
+    def _runs(self, queue: str) -> str:
+        self._running.add(queue.replace("_", " "))
+        if len(self._running) == len(self.queues):
+            self._all_run.set()
+        return queue.replace("_", " ")
+
+    async def _wait(self, jobs: Any) -> Any:
+        job = jobs[0] if isinstance(jobs, list) else jobs
+        kind = self._runs(job.queue)
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            self.cancelled.set()
+            if kind.startswith("raises"):
+                raise ValueError("cancelled") from None
+            if kind.startswith("swallows"):
+                return 1
+            raise
+
+    async def _write(self, job: Job[int], connection: TrioConnection) -> int:
+        await connection.execute("insert into written values (1)")
+        self._runs(job.queue)
+        await trio.sleep_forever()
+        return 1
+
+    def _wait_in_thread(self, job: Job[int]) -> int:
+        kind = trio.from_thread.run_sync(self._runs, job.queue)
+        (self.cancelled if kind.endswith("in time") else self.let_go).wait(30)
+        return 1
+
+
+@pytest.mark.parametrize("retry_limit", [0, 1])
+@pytest.mark.parametrize("end", ["a handler exits", "stop without grace"])
+async def test_what_runs_beside_is_tried_again_alike_however_the_runtime_ends(
+    dsn, nq, connection, monkeypatch, end, retry_limit
+):
+    monkeypatch.setattr("notifyq._session.STOP_SECONDS", 1.0)
+    await connection.execute("create table written (n int not null)")
+    beside = Beside(retry_limit)
+    exiting = dying("async", lambda: SystemExit(0))
+    runtime = Runtime([*beside.queues.values(), exiting], dsn=dsn, grace=0, pool_size=3)
+    ended: BaseException | None = None
+    try:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(runtime.run)
+                sent = {kind: await nq.send(queue, 1) for kind, queue in beside.queues.items()}
+                await beside.wait_for_all()
+                if end == "a handler exits":
+                    await nq.send(exiting, 1)
+                else:
+                    runtime.stop()
+    except BaseExceptionGroup as error:
+        ended = error
+    finally:
+        beside.let_go.set()
+    assert (ended is not None) == (end == "a handler exits")
+    found = {kind: await nq.get(job) for kind, job in sent.items()}
+    again = ("ready", 1, "shutdown") if retry_limit else ("ready", 0, None)
+    lost = ("ready" if retry_limit else "failed", 1, "lost")
+    assert {
+        kind: (record.state, record.attempt, record.error and record.error["type"]) for kind, record in found.items()
+    } == {
+        **dict.fromkeys(beside.AGAIN, again),
+        **dict.fromkeys(beside.DONE, ("completed", 1, None)),
+        **dict.fromkeys(beside.LOST, lost),
+    }
+    assert await value(connection, "select count(*) from written") == 0
 
 
 APP = """
@@ -162,6 +266,13 @@ async def leave_a_generator(job: Job[int]) -> int:
 kept: list[AsyncGenerator[int, None]] = []
 
 
+async def leave_a_cancelled_scope(job: Job[int]) -> int:
+    left = trio.CancelScope()
+    left.__enter__()
+    left.cancel()
+    return job.data
+
+
 async def raise_a_mixed_group(job: Job[int]) -> int:
     raise ExceptionGroup("mixed", [ValueError("a"), ExceptionGroup("inner", [KeyError("b")])])
 
@@ -177,6 +288,7 @@ async def block(job: Job[int]) -> int:
         (swallow, "timeout"),
         (leak, None),
         (leave_a_generator, None),
+        (leave_a_cancelled_scope, None),
         (raise_a_mixed_group, "ExceptionGroup"),
         (block, None),
     ],

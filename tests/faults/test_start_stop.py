@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
+import signal
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -14,6 +18,9 @@ import notifyq
 from notifyq import Job, Queue, Runtime
 from notifyq._results import POLL
 from tests.faults.test_cancelled import OTHERS, UNFINISHED, wait_none
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIDES = 10
 TURNS = 12
@@ -158,3 +165,76 @@ async def test_whatever_is_started_and_stopped_from_ten_sides_ends_and_loses_no_
             await wait_none(connection, UNFINISHED)
             runtimes[0].stop()
         await wait_none(connection, OTHERS)
+
+
+APP = """
+print("loading", flush=True)
+import notifyq, trio
+queue = notifyq.Queue("q", int, int, retry_delay=0, retry_limit=1000)
+
+@queue.worker(concurrency=2)
+async def work(job):
+    await trio.sleep(0.01)
+    return job.data
+
+runtime = notifyq.Runtime([queue], grace=0.2)
+"""
+PROCESSES = 12
+AT_ONCE = 4
+EITHER = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signalled:
+    """Runs ``notifyq run`` and sends it one signal, or two, at a moment between its start and its end."""
+
+    def __init__(self, folder: Path, dsn: str, seed: str) -> None:
+        self._random = random.Random(seed)
+        self._log = folder / seed
+        self._folder = folder
+        self._environment = {**os.environ, "DATABASE_URL": dsn}
+
+    async def run(self) -> None:
+        signals = [self._random.choice(EITHER) for _ in range(self._random.randint(1, 2))]
+        while_python_starts = self._random.random() < 0.1
+        with self._log.open("wb") as log:
+            async with trio.open_nursery() as nursery:
+                command = [sys.executable, "-m", "notifyq", "run", "app:runtime"]
+                options: dict[str, Any] = {"cwd": self._folder, "env": self._environment, "check": False}
+                options |= {"stdout": subprocess.PIPE, "stderr": log}
+                process = await nursery.start(partial(trio.run_process, command, **options))
+                if not while_python_starts:
+                    assert await process.stdout.receive_some()
+                for number in signals:
+                    await trio.sleep(self._random.choice((0, 0.01, 0.1, 0.5, 1)) * self._random.random())
+                    process.send_signal(number)
+                status = await process.wait()
+        said = (signals, status, self._log.read_text(encoding="utf-8"))
+        if not while_python_starts:  # which ends as it likes: nothing of ours is there yet
+            assert status == 0, said
+            assert "Traceback" not in said[2], said
+
+
+async def test_signals_at_any_moment_end_a_process_cleanly_and_lose_no_job(dsn, nq, connection, tmp_path):
+    seed = os.environ.get("NOTIFYQ_SEED") or str(random.randrange(2**32))
+    print(f"NOTIFYQ_SEED={seed}")
+    (tmp_path / "app.py").write_text(APP, encoding="utf-8")
+    queue = served()
+    await nq.create_queue(queue)
+    places = trio.CapacityLimiter(AT_ONCE)
+
+    async def one(number: int) -> None:
+        async with places:
+            await nq.send_many(queue, range(50))
+            await Signalled(tmp_path, dsn, f"{seed}-{number}").run()
+
+    with trio.fail_after(100):
+        async with trio.open_nursery() as nursery:
+            for number in range(PROCESSES):
+                nursery.start_soon(one, number)
+        await wait_none(connection, "select count(*) from notifyq.runtime")
+        await wait_none(connection, "select count(*) from notifyq.active")
+        runtime = Runtime([queue], dsn=dsn)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(runtime.run)
+            await wait_none(connection, UNFINISHED)
+            runtime.stop()

@@ -226,3 +226,19 @@ async def test_a_runtime_starts_stops_and_starts_again(start, nq):
     await start(queue)
     with trio.fail_after(5):
         assert await nq.result(await nq.send(queue, 1)) == 1
+
+
+async def test_a_client_is_opened_once_at_a_time_and_can_be_opened_again(dsn, monkeypatch):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    opening = notifyq.connect(migrate=False)
+    with pytest.raises(notifyq.InvalidOption, match="no database"):
+        await opening.__aenter__()
+    monkeypatch.setenv("DATABASE_URL", dsn)
+    async with opening as first:
+        with pytest.raises(RuntimeError, match=r"open already: use it, or call connect\(\) again"):
+            await opening.__aenter__()
+        assert await first.runtimes() == []
+    async with opening as second:
+        assert await second.runtimes() == []
+    with pytest.raises(notifyq.ClientClosed):
+        await first.runtimes()

@@ -552,6 +552,17 @@ async def test_a_beat_tells_what_is_due_ready_cancelled_and_about_to_lapse(ask, 
     assert await ask("select renewed, cancels from notifyq.beat(gen_random_uuid())") == [(False, [])]
 
 
+async def test_a_beat_counts_the_lease_that_all_have_from_the_start_of_the_server(ask, runtime):
+    await ask("select notifyq.register(gen_random_uuid(), '{q}', '1 year')")
+    await ask(f"update notifyq.runtime set lease_until = now() - interval '1 hour' where id <> '{runtime}'")
+    assert await ask("select * from notifyq.rescue()") == []
+    [(lapse_in,)] = await ask(f"select lapse_in from notifyq.beat('{runtime}')")
+    [(expected,)] = await ask(
+        "select extract(epoch from pg_postmaster_start_time() + interval '1 year' - now())::float8"
+    )
+    assert lapse_in == pytest.approx(expected, abs=5)
+
+
 # leaves
 
 LEAVES = (
