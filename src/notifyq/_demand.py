@@ -33,8 +33,8 @@ CHEAP_LOOK = 0.004
 
 MEASURE_SECONDS = 0.02
 MEASURE_ROUNDS = 2
-"""A sample of the rate is either so many seconds of work, or so many jobs of each slot. With fewer, all slots that end at one
-moment would look like a rate, and bring what is not started for seconds."""
+"""A sample of the rate is either so many seconds of work, or so many jobs of each slot: with fewer, slots that end at one
+moment would look like a high rate, and what was claimed for it would wait for seconds."""
 
 
 def _within(text: str, limit: int) -> int:
