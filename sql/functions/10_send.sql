@@ -126,7 +126,9 @@ end
 $$;
 
 -- Reserves something for a job, once; returns the job that has it, which is this one if it was free.
-create or replace function notifyq.reserve(queue int, kind "char", key text, slot bigint, job bigint, until timestamptz default null) returns bigint
+create or replace function notifyq.reserve(
+    queue int, kind "char", key text, slot bigint, job bigint, until timestamptz default null, debounce float8 default null
+) returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -134,8 +136,8 @@ declare
     standing bigint;
 begin
     loop
-        insert into notifyq.reserved (queue, kind, key, slot, job, until)
-        values (reserve.queue, reserve.kind, reserve.key, reserve.slot, reserve.job, reserve.until)
+        insert into notifyq.reserved (queue, kind, key, slot, job, until, debounce)
+        values (reserve.queue, reserve.kind, reserve.key, reserve.slot, reserve.job, reserve.until, reserve.debounce)
         on conflict do nothing;
         if found then
             return reserve.job;
@@ -149,6 +151,40 @@ begin
         if found then
             return standing;
         end if;
+    end loop;
+end
+$$;
+
+-- What a debounced send does that a policy refuses: the job that has its key, debounced as long, gets its data while
+-- it waits, and keeps its time. Returns the job that has the key then: this one if that one has just started, or gone.
+create or replace function notifyq.debounce_standing(
+    queue notifyq.queue, job bigint, standing bigint, key text, data jsonb, debounce interval
+) returns bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    q constant notifyq.queue := debounce_standing.queue;
+    period constant float8 := extract(epoch from debounce_standing.debounce);
+    refused_by bigint := debounce_standing.standing;
+    has_key bigint;
+begin
+    loop
+        perform from notifyq.reserved r
+        where r.queue = q.number
+        and r.kind = 'p'
+        and r.key = coalesce(debounce_standing.key, '')
+        and r.slot = 0
+        and r.job = refused_by
+        and r.debounce = period;
+        if found and notifyq.edit(refused_by, coalesce(debounce_standing.data, 'null'), null, null, null) then
+            return refused_by;
+        end if;
+        has_key := notifyq.reserve(q.number, 'p', coalesce(debounce_standing.key, ''), 0, debounce_standing.job, debounce => period);
+        if has_key in (debounce_standing.job, refused_by) then
+            return has_key;
+        end if;
+        refused_by := has_key;
     end loop;
 end
 $$;
@@ -303,7 +339,10 @@ begin
         end loop;
     end if;
     if q.policy in ('short', 'stately', 'exclusive') then
-        standing := notifyq.reserve(q.number, 'p', coalesce(send_one.key, ''), 0, send_one.id);
+        standing := notifyq.reserve(q.number, 'p', coalesce(send_one.key, ''), 0, send_one.id, debounce => extract(epoch from send_one.debounce)::float8);
+        if send_one.debounce is not null and standing <> send_one.id then
+            standing := notifyq.debounce_standing(q, send_one.id, standing, send_one.key, send_one.data, send_one.debounce);
+        end if;
     end if;
     if coalesce(standing = send_one.id, true) and num_nonnulls(send_one.throttle, send_one.debounce) > 0 then
         period := extract(epoch from coalesce(send_one.throttle, send_one.debounce));

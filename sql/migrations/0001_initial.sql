@@ -181,8 +181,10 @@ create table notifyq.reserved (
     slot bigint not null default 0,
     job bigint not null,
     until timestamptz,
+    debounce float8,
     primary key (queue, kind, key, slot)
 );
+comment on column notifyq.reserved.debounce is 'The period in seconds by which the job that has a policy''s key is debounced.';
 -- purge(): slots that have passed.
 create index reserved_until on notifyq.reserved (until) where until is not null;
 

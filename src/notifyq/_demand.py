@@ -32,8 +32,9 @@ CHEAP_LOOK = 0.004
 """Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
 MEASURE_SECONDS = 0.02
-MEASURE_COUNT = 10
-"""A sample of the rate is either so many seconds of work or so many jobs."""
+MEASURE_ROUNDS = 2
+"""A sample of the rate is either so many seconds of work, or so many jobs of each slot: with fewer, slots that end at one
+moment would look like a high rate, and what was claimed for it would wait for seconds."""
 
 
 def _within(text: str, limit: int) -> int:
@@ -127,6 +128,8 @@ class Looks:
 class Rate:
     """Jobs finished per second while there was something to do."""
 
+    slots: int
+    """How many may end at one moment."""
     per_second: float = 0.0
     _count: int = 0
     _busy_seconds: float = 0.0
@@ -153,7 +156,7 @@ class Rate:
         if self._busy_since is not None:
             self._busy_seconds += now - self._busy_since
             self._busy_since = now
-        if self._busy_seconds >= MEASURE_SECONDS or self._count >= MEASURE_COUNT:
+        if self._busy_seconds >= MEASURE_SECONDS or self._count >= MEASURE_ROUNDS * self.slots:
             sample = self._count / max(self._busy_seconds, 1e-6)
             self.per_second = 0.5 * (self.per_second + sample)
             self._count, self._busy_seconds = 0, 0.0

@@ -27,7 +27,7 @@ class Hands:
         self.shelf = Shelf()
         self._capacity = capacity
         self._release = release
-        self._rate = Rate()
+        self._rate = Rate(capacity)
         self._room = Bell()
         self._running = 0
         self._idle_demand = 0

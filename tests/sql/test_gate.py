@@ -532,6 +532,59 @@ async def test_a_debounce_makes_one_more_job_in_the_next_slot_with_the_latest_da
     assert (data, aligned) == (3, True)
 
 
+POLICIES_OF_ONE = pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+
+
+@POLICIES_OF_ONE
+async def test_a_debounced_send_that_a_policy_refuses_gives_its_data_to_the_debounced_job_that_waits(line, ask, policy):
+    q = await line(policy=policy)
+    first, _ = await q.try_send("k", debounce="1 year", data="1")
+    assert await q.try_send("k", debounce="1 year", data="2") == (first, False)
+    assert (
+        await q.send_many({"key": "k", "debounce": "1 year", "data": 3}, {"key": "k", "debounce": "1 year"})
+        == [first] * 2
+    )
+    assert await ask("select id, state, data from notifyq.jobs") == [(first, "ready", None)]
+    assert await q.try_send("k", debounce="1 year", data="4", id_key="i") == (first, False)
+    await ask("update notifyq.reserved set until = until - interval '1 year'")
+    await ask("select notifyq.purge()")  # it waits for longer than its slot is remembered
+    assert await q.try_send("k", debounce="1 year", data="5") == (first, False)
+    assert await ask("select id, state, data from notifyq.jobs") == [(first, "ready", 5)]
+    assert await ask("select 1 from notifyq.id_key") == []
+    assert await q.claim() == [first]
+
+
+@POLICIES_OF_ONE
+async def test_a_debounced_job_that_waits_for_its_slot_keeps_its_time_when_a_policy_refuses_the_next(line, ask, policy):
+    q = await line(policy=policy)
+    first, _ = await q.try_send("k", debounce="1 year", data="1")
+    await q.complete(*await q.claim())
+    second, created = await q.try_send("k", debounce="1 year", data="2")
+    assert (second != first, created) == (True, True)
+    [before] = await ask("select due_at from notifyq.jobs where id = %s", second)
+    assert await q.try_send("k", debounce="1 year", data="3") == (second, False)
+    assert await ask("select data, due_at from notifyq.jobs where id = %s", second) == [(3, *before)]
+
+
+@POLICIES_OF_ONE
+async def test_only_a_job_that_is_debounced_as_long_gets_the_data_of_a_send_that_a_policy_refuses(line, ask, policy):
+    q = await line(policy=policy)
+    [plain] = await q.send("plain", data="1")
+    other, _ = await q.try_send("other", debounce="1 hour", data="1")
+    for key, job in (("plain", plain), ("other", other)):
+        assert await q.try_send(key, debounce="1 year", data="2") == (job, False)
+    assert await q.try_send("other", data="3") == (other, False)
+    assert await ask("select data from notifyq.jobs") == [(1,), (1,)]
+
+
+async def test_an_active_exclusive_job_is_not_edited_by_a_debounced_send(line, ask):
+    q = await line(policy="exclusive")
+    first, _ = await q.try_send("k", debounce="1 year", data="1")
+    assert await q.claim() == [first]
+    assert await q.try_send("k", debounce="1 year", data="2") == (first, False)
+    assert await ask("select state, data from notifyq.jobs") == [("active", 1)]
+
+
 async def test_refused_sends_leave_nothing_behind(line, ask):
     q = await line(policy="exclusive")
     first, _ = await q.try_send("k")

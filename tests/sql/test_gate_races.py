@@ -1163,3 +1163,44 @@ async def test_a_debounced_send_takes_the_slot_of_a_job_that_is_being_taken_away
     assert (sent != job, created) == (commit, commit)
     assert await ask("select id, data from notifyq.jobs where state = 'scheduled'") == [(sent, 3)]
     await well()
+
+
+@either_end
+@pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+async def test_a_debounced_send_waits_for_the_claim_of_the_job_that_has_its_key(ask, race, queue, well, policy, commit):
+    await queue(policy=policy)
+    [(first, _)] = await ask(debounced(1))
+    _, [(sent, created)] = await race(CLAIM, debounced(2), commit=commit)
+    made = commit and policy != "exclusive"
+    assert (sent != first, created) == (made, made)
+    expected = [(first, "active", 1)] if commit else [(first, "ready", 2)]
+    assert (
+        await ask("select id, state, data from notifyq.jobs order by id") == expected + [(sent, "scheduled", 2)] * made
+    )
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+@pytest.mark.parametrize("going", ["cancel({})", "delete({})"])
+async def test_a_debounced_send_waits_for_the_end_of_the_job_that_has_its_key(
+    ask, race, queue, well, policy, going, commit
+):
+    await queue(policy=policy)
+    [(first, _)] = await ask(debounced(1))
+    _, [(sent, created)] = await race(f"select notifyq.{going.format(first)}", debounced(2), commit=commit)
+    assert (sent != first, created) == (commit, commit)
+    waiting = "select id, data from notifyq.jobs where state in ('ready', 'scheduled')"
+    assert await ask(waiting) == [(sent, 2)]
+    await well()
+
+
+@either_end
+@pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+async def test_a_claim_waits_for_a_debounced_send_and_brings_its_data(ask, race, queue, well, policy, commit):
+    await queue(policy=policy)
+    [(first, _)] = await ask(debounced(1))
+    claimed = CLAIM.replace("select id", "select id, data")
+    _, brought = await race(debounced(2), claimed, commit=commit)
+    assert brought == [(first, 2 if commit else 1)]
+    await well()

@@ -23,7 +23,7 @@ from notifyq._batcher import Batcher
 from notifyq._bell import Bell
 from notifyq._claimer import Claimer
 from notifyq._codec import decode, encode, to_json
-from notifyq._demand import Floor, Looks, demand
+from notifyq._demand import Floor, Looks, Rate, demand
 from notifyq._errors import NoLease
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._sql import send_parameters, send_statement
@@ -46,6 +46,23 @@ def test_demand_never_exceeds_the_slots_and_100_ms_of_work(capacity, running, bu
 def test_long_jobs_are_not_hoarded():
     assert demand(10, 10, 0, 2.0) == 0
     assert demand(10, 4, 0, 2.0) == 6
+
+
+@pytest.mark.parametrize("slots", [1, 2, 10, 20, 500])
+@pytest.mark.parametrize("seconds", [0.005, 0.03, 0.5])
+def test_slots_that_end_at_one_moment_are_not_taken_for_a_rate(slots, seconds):
+    rate = Rate(slots)
+    now = 0.0
+    rate.busy(now)
+    measured = []
+    for _ in range(100):
+        now += seconds
+        for _ in range(slots):
+            now += 1e-6
+            rate.finished(None)
+            measured.append(rate.measure(now))
+    assert max(measured) <= 2 * slots / seconds
+    assert measured[-1] >= 0.3 * slots / seconds
 
 
 def claimed(number: int, priority: int = 0) -> Claimed:
