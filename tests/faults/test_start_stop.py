@@ -179,7 +179,7 @@ async def work(job):
 
 runtime = notifyq.Runtime([queue], grace=0.2)
 """
-PROCESSES = 12
+PROCESSES = 8
 AT_ONCE = 4
 EITHER = (signal.SIGTERM, signal.SIGINT)
 
