@@ -65,6 +65,8 @@ class ModelJob:
     """It holds its key against further sends."""
     debounced: bool = False
     id_key: str | None = None
+    put_off: bool = False
+    """Its parents' end makes it scheduled."""
 
 
 class Model:
@@ -158,7 +160,7 @@ class Model:
         if state == "completed" or child.on_failure == "run":
             child.parents[parent] = state
             if None not in child.parents.values():
-                self.again(child, "waiting")
+                self.again(child, "scheduled" if child.put_off else "waiting")
         elif child.on_failure == "cancel" or state == "deleted":
             child.parents[parent] = state
             self.end(child, "cancelled")
@@ -407,8 +409,8 @@ class Rules(RuleBasedStateMachine):
             job.state = "scheduled"
         elif job.state == "scheduled" and delay == "0":
             self.model.again(job, "waiting")
-        elif job.state == "blocked" and delay == "1 hour":
-            job.state = "blocked"
+        elif job.state == "blocked" and delay is not None:
+            job.put_off = delay == "1 hour"
 
     @rule()
     def look_at_what_is_reserved(self) -> None:
