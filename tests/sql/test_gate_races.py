@@ -1207,6 +1207,33 @@ async def test_a_claim_waits_for_a_debounced_send_and_brings_its_data(ask, race,
     await well()
 
 
+# maintenance
+
+
+async def test_maintenance_that_waits_for_a_gate_does_not_keep_its_holder_from_the_archive(
+    ask, connection, other, nursery, queue, send, claim
+):
+    await queue(policy="ordered", retry_limit=0, retention=None)
+    [head] = await send("failed")
+    assert await claim() == [head]
+    await ask("select notifyq.fail(%s, 'x')", head)
+    await ask("select notifyq.update_queue('q', '{\"retention\": 86400}')")
+    await ask("update notifyq.archive set finished_at = now() - interval '2 days'")
+    [job] = await send("k")
+    async with connection.transaction():
+        assert await claim() == [job]
+        call = Call(other, "select notifyq.maintain()")
+        nursery.start_soon(call.run)
+        await until_waiting_for(connection, other, connection)
+        await ask("set local lock_timeout = '1 s'")
+        assert await ask(complete(job)) == [([job],)]
+    assert await call.answer() == [(False,)]
+    assert await ask("select id from notifyq.archive") == [(job,)]
+    assert await ask("select count(*) > 0 from pg_inherits where inhrelid::regclass::text ~ 'archive_[0-9]'") == [
+        (True,)
+    ]
+
+
 # the order of a key
 
 
