@@ -194,6 +194,10 @@ begin
     if w.fair and w.ageing is not null then
         raise exception '%', of || 'fair and ageing exclude each other' using errcode = 'NQ003';
     end if;
+    if w.policy = 'ordered' and (w.fair or w.key_rate_limit is not null and w.ageing is not null) then
+        raise exception '%', of || 'the policy ordered goes neither with fair nor with a key_rate_limit and ageing' using errcode = 'NQ003',
+            hint = 'They give a job that waits another place in line, before or behind others of its key. Of an ordered key one job is active at a time as it is.';
+    end if;
     if w.policy <> (check_rules.standing).policy and (
         exists (select from notifyq.ready t where t.queue = w.number)
         or exists (select from notifyq.scheduled t where t.queue = w.number)

@@ -1,7 +1,7 @@
 -- claim: ready tickets become active ones.
 
 -- Moves up to how_many due tickets of a queue to ready, by due time and then in the order in which they
--- were sent; returns how many. alone: one session at a
+-- were sent, but for those that waited for the rate of an ordered key, which have their places; returns how many. alone: one session at a
 -- time, so that the timers of many runtimes do not all do it; the others find nothing to do.
 --
 -- The moment is a variable because clock_timestamp() is volatile: the index could not be asked for it.
@@ -31,13 +31,20 @@ begin
         returning s.job, s.queue, s.attempt, s.due_at
     )
     insert into notifyq.ready (queue, priority, number, job, attempt, turn)
-    select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt,
+    select g.queue, notifyq.line_priority(j.priority, q.ageing),
+        case when k.turn is not null and q.ageing is null then g.job else notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing) end,
+        g.job, g.attempt,
         case when q.fair and g.attempt = 0
             and not exists (select from notifyq.blocked b where b.queue = g.queue and b.key = coalesce(j.key, '') and b.parents = 0)
             then coalesce(j.key, '') end
     from gone g
     join notifyq.job j on j.id = g.job
     join notifyq.queue q on q.number = g.queue
+    left join lateral (
+        select o.turn from notifyq.key o
+        where q.policy = 'ordered' and g.attempt = 0 and o.queue = g.queue and o.key = coalesce(j.key, '') and o.turn = g.job
+        offset 0
+    ) k on true
     order by g.due_at, g.job;
     get diagnostics promoted = row_count;
     return promoted;

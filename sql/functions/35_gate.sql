@@ -158,7 +158,7 @@ begin
     window_size := greatest(room, 16);
     while room > 0 loop
         key_by_key := looked_at >= most_looked_at;
-        exit when key_by_key and (not q.fair or q.policy = 'ordered');
+        exit when key_by_key and not q.fair;
         select * into sifted
         from notifyq.sift(q, window_size, room, admit.low, admit.high, admit.key_limit, working, started_keys, moment, key_by_key);
         exit when sifted.looked_at = 0;
@@ -370,6 +370,7 @@ begin
                 when f.is_behind then 0
                 when coalesce(j.key, '') = any (passed_over) then 0
                 when k.head is not null then 0
+                when q.policy = 'ordered' and k.turn is distinct from f.job and exists (select from notifyq.scheduled s where s.job = k.turn) then 0
                 when q.fair and coalesce(j.key, '') = any (sift.had_turn) then 0
                 else least(case when q.fair then 1 end, q.slots - coalesce(k.held, 0))
             end as slots,

@@ -294,7 +294,8 @@ $$;
 -- Makes a queue's declared schedules those of this JSON array of schedule()'s arguments (every as seconds or
 -- text): makes, changes, and removes those declared before and not any more. One made by schedule() stays,
 -- unless one of its name is declared. Returns the names of those declared otherwise before that it has changed or
--- removed while a live runtime serves the queue: that one may have declared them, and will do so again when it starts.
+-- removed while a live runtime serves the queue: that one may have declared them, and will do so again when it starts (one
+-- that serves it by a pattern has not: patterns have no schedules).
 -- One session at a time per queue. Locks: the queue's row, then its schedules'.
 create or replace function notifyq.declare_schedules(queue text, schedules jsonb) returns text[]
 language plpgsql security definer

@@ -206,6 +206,8 @@ $$;
 
 -- All of it, for an installation without runtimes: call it from cron. True: a batch was full, so
 -- there is more to do at once. Runtimes call each part in a transaction of its own.
+--
+-- Leaves last: an end locks a gate and then writes to the archive.
 create or replace function notifyq.maintain() returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -214,10 +216,10 @@ declare
     more boolean;
 begin
     perform notifyq.rescue();
-    perform notifyq.make_leaves();
     more := notifyq.expire() = 1000;
     more := notifyq.purge() = 1000 or more;
     more := notifyq.drop_leaf() or more;
+    perform notifyq.make_leaves();
     return more;
 end
 $$;

@@ -50,9 +50,9 @@ as $$
     from notifyq.queue q
     where q.number = t.queue
     and q.ageing is not null;
-    -- By way of numbers that are free: a slot may not be two jobs' at any moment.
-    update notifyq.reserved set slot = -slot where until is not null;
+    -- By way of numbers that are free, since no slot is so far away: one may not be two jobs' at any moment.
+    update notifyq.reserved set slot = slot + 1000000000000000 where until is not null;
     update notifyq.reserved
-    set slot = -slot - notifyq.slots_in(age.by, split_part(key, ':', 1)::numeric), until = until - age.by
+    set slot = slot - 1000000000000000 - notifyq.slots_in(age.by, split_part(key, ':', 1)::numeric), until = until - age.by
     where until is not null;
 $$;

@@ -134,10 +134,10 @@ class Queue(Generic[In, Out]):
         if not self.is_pattern:
             check_name(name, "queue name")
         check_options(options, _OPTIONS, f"queue {name!r}")
-        if self.is_pattern and options:
-            raise InvalidOption(
-                f"queue {name!r} is a pattern: give {', '.join(options)} to the queues when you create them"
-            )
+        self.schedules = distinct(schedules, name)
+        if self.is_pattern and (options or self.schedules):
+            given = ", ".join(options) or "schedules"
+            raise InvalidOption(f"queue {name!r} is a pattern: give {given} to the queues when you create them")
         for type_ in (data, output):
             try:
                 check_type(type_)
@@ -152,7 +152,6 @@ class Queue(Generic[In, Out]):
             raise InvalidOption(f"queue {name!r}: {error}") from None
         dead_letter = options.get("dead_letter")
         self.dead_letter: Queue[Any, Any] | None = dead_letter if isinstance(dead_letter, Queue) else None
-        self.schedules = distinct(schedules, name)
         for schedule in self.schedules:
             try:
                 self.encode(schedule.data)

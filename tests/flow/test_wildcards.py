@@ -359,6 +359,8 @@ async def test_a_pattern_is_refused_where_one_queue_is_meant(nq):
         Queue("q", dead_letter=queue)
     with pytest.raises(notifyq.InvalidOption, match=r"'tenant\.\*' is a pattern: give retry_limit to the queues"):
         Queue("tenant.*", int, retry_limit=3)
+    with pytest.raises(notifyq.InvalidOption, match=r"'tenant\.\*' is a pattern: give schedules to the queues"):
+        Queue("tenant.*", int, schedules=[notifyq.Schedule(every=60, data=1)])
     with pytest.raises(notifyq.InvalidOption, match=r"queue name 'tenant \*'"):
         Queue("tenant *")
     with pytest.raises(notifyq.InvalidOption, match=r"not a queue name: 'tenant\.\*'"):

@@ -433,6 +433,41 @@ async def test_a_rate_by_key_lets_the_next_start_when_it_is_due_and_holds_back_n
     assert await q.states(jobs[4], *late) == ["scheduled", "blocked"]
 
 
+@pytest.mark.parametrize("promoted", [True, False])
+async def test_what_waited_for_the_rate_of_an_ordered_key_comes_before_what_was_sent_later(line, ask, promoted):
+    q = await line(policy="ordered", key_rate_limit=1, key_rate_period=60)
+    a, b = await q.send("k", "k")
+    others = await q.send(*[f"other {n}" for n in range(20)])  # more than a claim of one looks at
+    [c] = await q.send("k")
+    assert await q.claim(1) == [a]
+    await q.complete(a)
+    assert await q.claim(1) == others[:1]
+    assert await q.states(b, c) == ["scheduled", "ready"]
+    await ask("update notifyq.key set starts = array[starts[1] - 101] where key = 'k'")
+    if promoted:
+        await ask("update notifyq.scheduled set due_at = now()")
+        assert await q.claim(30) == [b, *others[1:]]
+    else:
+        assert await q.claim(30) == others[1:]
+        await ask("update notifyq.scheduled set due_at = now()")
+        assert await q.claim(30) == [b]
+    assert await q.state(c) == "blocked"
+
+
+async def test_a_retrying_head_of_an_ordered_key_with_a_rate_keeps_its_key(line, ask):
+    q = await line(policy="ordered", key_rate_limit=1, key_rate_period=60)
+    a, b = await q.send("k", "k")
+    assert await q.claim() == [a]
+    await ask("update notifyq.key set starts = array[starts[1] - 101]")
+    await ask("select notifyq.fail(%s, 'x', retry_in => '1 minute')", a)
+    await ask("update notifyq.scheduled set due_at = now()")
+    assert await q.claim() == [a]
+    await q.complete(a)
+    await ask("update notifyq.key set starts = array[starts[1] - 101]")
+    await ask("update notifyq.scheduled set due_at = now()")
+    assert await q.claim() == [b]
+
+
 async def test_keys_of_a_fair_queue_take_turns(line):
     q = await line(fair=True)
     many = await q.send(*"a" * 50)
@@ -610,6 +645,8 @@ async def test_refused_sends_leave_nothing_behind(line, ask):
         ({"rate_limit": 5, "rate_period": -1}, "period of a rate"),
         ({"policy": "singleton", "key_limit": 2}, "is a key_limit of 1"),
         ({"fair": True, "ageing": 1}, "exclude each other"),
+        ({"policy": "ordered", "fair": True}, "ordered goes neither with fair nor with"),
+        ({"policy": "ordered", "ageing": 1, "key_rate_limit": 1, "key_rate_period": 1}, "ordered goes neither with"),
         ({"ageing": 0}, "out of its range"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -1203,4 +1204,85 @@ async def test_a_claim_waits_for_a_debounced_send_and_brings_its_data(ask, race,
     claimed = CLAIM.replace("select id", "select id, data")
     _, brought = await race(debounced(2), claimed, commit=commit)
     assert brought == [(first, 2 if commit else 1)]
+    await well()
+
+
+# maintenance
+
+
+async def test_maintenance_that_waits_for_a_gate_does_not_keep_its_holder_from_the_archive(
+    ask, connection, other, nursery, queue, send, claim
+):
+    await queue(policy="ordered", retry_limit=0, retention=None)
+    [head] = await send("failed")
+    assert await claim() == [head]
+    await ask("select notifyq.fail(%s, 'x')", head)
+    await ask("select notifyq.update_queue('q', '{\"retention\": 86400}')")
+    await ask("update notifyq.archive set finished_at = now() - interval '2 days'")
+    [job] = await send("k")
+    async with connection.transaction():
+        assert await claim() == [job]
+        call = Call(other, "select notifyq.maintain()")
+        nursery.start_soon(call.run)
+        await until_waiting_for(connection, other, connection)
+        await ask("set local lock_timeout = '1 s'")
+        assert await ask(complete(job)) == [([job],)]
+    assert await call.answer() == [(False,)]
+    assert await ask("select id from notifyq.archive") == [(job,)]
+    assert await ask("select count(*) > 0 from pg_inherits where inhrelid::regclass::text ~ 'archive_[0-9]'") == [
+        (True,)
+    ]
+
+
+# the order of a key
+
+
+KEPT = {
+    "ordered": {"policy": "ordered"},
+    "singleton": {"policy": "singleton"},
+    "key_limit": {"key_limit": 3},
+    "key_limit_and_active_limit": {"key_limit": 3, "active_limit": 5},
+    "rate": {"key_limit": 3, "rate_limit": 20, "rate_period": 0.05},
+    "ordered_key_rate": {"policy": "ordered", "key_rate_limit": 3, "key_rate_period": 0.05},
+}
+
+
+@pytest.mark.parametrize("rule", KEPT.values(), ids=KEPT.keys())
+async def test_jobs_of_a_key_begin_in_the_order_in_which_they_were_sent(ask, dsn, queue, well, rule):
+    """Sent alone or together, claimed by whomever and however many at a time."""
+    await queue(**rule)
+    random = Random(0)
+    begun: dict[str, list[int]] = {}
+    sent = 0
+    all_sent = trio.Event()
+
+    async def send(session: TrioConnection) -> None:
+        nonlocal sent
+        for _ in range(40):
+            keys = random.choices("abcdefgh", weights=[20, 5, 1, 1, 1, 1, 1, 1], k=random.choice([1, 1, 1, 5]))
+            if len(keys) == 1:
+                await rows(session, "select notifyq.send('q', key => %s)", keys[0])
+            else:
+                await rows(session, "select notifyq.send_many('q', %s)", json.dumps([{"key": key} for key in keys]))
+            sent += len(keys)
+        all_sent.set()
+
+    async def work(session: TrioConnection) -> None:
+        while not all_sent.is_set() or sum(map(len, begun.values())) < sent:
+            # What it brings is noted in the claim's transaction: who holds the gate is alone in that.
+            async with session.transaction():
+                claimed = await rows(session, "select id, key from notifyq.claim('q', %s)", random.randint(1, 7))
+                for id, key in claimed:
+                    begun.setdefault(key, []).append(id)
+            await rows(session, complete(*sorted(id for id, _ in claimed)))
+
+    sender, *workers = [await open_connection(dsn) for _ in range(4)]
+    with trio.fail_after(50):
+        async with trio.open_nursery() as nursery:
+            for session in workers:
+                nursery.start_soon(work, session)
+            await send(sender)
+    for session in (sender, *workers):
+        await session.close()
+    assert {key: sorted(order) for key, order in begun.items()} == begun
     await well()

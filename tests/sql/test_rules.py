@@ -1,4 +1,4 @@
-"""The rules of keys, limits, retries, edits and flows: a plain model of them and the SQL functions, step by step together.
+"""The rules of keys, slots, limits, retries, edits and flows: a plain model and the SQL functions, step by step together.
 
 What the model calls waiting may be a ticket in ready or in blocked: the gate moves them when it looks at them. All else is
 compared state by state, and every claim must bring just the jobs that the model says, in its order.
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 KEYS = st.sampled_from(["a", "b", "c"])
 PRIORITIES = st.sampled_from([0, 0, 0, 1, -1])
+ID_KEYS = st.sampled_from([None, None, None, "x", "y"])
+SLOTS = st.sampled_from([None, None, None, "debounce", "debounce", "throttle"])
+SLOT = "1 year"
+"""None of these ends while this runs, but once a year."""
 QUEUES = st.one_of(
     st.sampled_from([{"policy": p} for p in ("standard", "short", "singleton", "stately", "exclusive", "ordered")]),
     st.builds(lambda n: {"key_limit": n}, st.integers(1, 3)),
@@ -59,6 +63,10 @@ class ModelJob:
     data: Any = None
     reserves: bool = False
     """It holds its key against further sends."""
+    debounced: bool = False
+    id_key: str | None = None
+    put_off: bool = False
+    """Its parents' end makes it scheduled."""
 
 
 class Model:
@@ -72,14 +80,42 @@ class Model:
         self.jobs: dict[int, ModelJob] = {}
         self.heads: dict[str, int] = {}
         self.numbers = itertools.count(1)
+        self.taken: dict[tuple[str, str, int], int] = {}
+        """Who has the slots of throttled and debounced keys: 0 is the one that is now, 1 the next."""
 
     def standing(self, key: str) -> int | None:
         """The job that keeps another one of its key from being sent."""
         return next((job.id for job in self.jobs.values() if job.reserves and job.key == key), None)
 
-    def sent(self, id: int, key: str, priority: int, **more: Any) -> ModelJob:
+    def try_send(self, key: str, slot: str | None, id_key: str | None, data: Any) -> tuple[int | None, int]:
+        """The job that keeps this one from being made, which may get its data; and the slot that this one gets."""
+        if id_key is not None and id_key in self.id_keys():
+            return self.id_keys()[id_key], 0
+        standing = self.standing(key)
+        if standing is not None:
+            if slot == "debounce" and self.jobs[standing].debounced:
+                self.give(standing, data)
+            return standing, 0
+        if slot is None or (slot, key, 0) not in self.taken:
+            return None, 0
+        if slot == "throttle":
+            return self.taken[slot, key, 0], 0
+        standing = self.taken.get((slot, key, 1))
+        return (standing if standing is not None and self.give(standing, data) else None), 1
+
+    def give(self, job: int, data: Any) -> bool:
+        """A job that waits gets other data."""
+        if self.jobs[job].state not in ("waiting", "scheduled", "blocked"):
+            return False
+        self.jobs[job].data = data
+        return True
+
+    def id_keys(self) -> dict[str, int]:
+        return {job.id_key: job.id for job in self.jobs.values() if job.id_key is not None and job.state != "deleted"}
+
+    def sent(self, id: int, key: str, priority: int, *, number: int | None = None, **more: Any) -> ModelJob:
         reserves = self.policy in ("short", "stately", "exclusive")
-        job = ModelJob(id, key, priority, next(self.numbers), reserves=reserves, **more)
+        job = ModelJob(id, key, priority, number or next(self.numbers), reserves=reserves, **more)
         self.jobs[id] = job
         return job
 
@@ -124,7 +160,7 @@ class Model:
         if state == "completed" or child.on_failure == "run":
             child.parents[parent] = state
             if None not in child.parents.values():
-                self.again(child, "waiting")
+                self.again(child, "scheduled" if child.put_off else "waiting")
         elif child.on_failure == "cancel" or state == "deleted":
             child.parents[parent] = state
             self.end(child, "cancelled")
@@ -135,6 +171,7 @@ class Rules(RuleBasedStateMachine):
 
     connection: psycopg.Connection[Any]
     names = (f"q{number}" for number in itertools.count())
+    contents = itertools.count(1)
 
     def ask(self, statement: str, *parameters: object) -> list[Any]:
         cursor = self.connection.execute(statement.encode(), parameters or None)
@@ -156,25 +193,64 @@ class Rules(RuleBasedStateMachine):
 
     # sends
 
-    @rule(key=KEYS, priority=PRIORITIES, delayed=st.sampled_from([False, False, True]))
-    def send(self, key: str, priority: int, delayed: bool) -> None:
-        delay = "1 hour" if delayed else None
-        call = "select id, created from notifyq.try_send(%s, key => %s, priority => %s, delay => %s)"
-        [(id, created)] = self.ask(call, self.queue, key, priority, delay)
-        standing = self.model.standing(key)
+    def sent(
+        self,
+        key: str,
+        priority: int,
+        slot: str | None,
+        id_key: str | None,
+        data: Any,
+        answer: tuple[int, bool],
+        *,
+        delayed: bool = False,
+        number: int | None = None,
+    ) -> None:
+        """A send was answered so."""
+        id, created = answer
+        standing, place = self.model.try_send(key, slot, id_key, data)
         assert (id, created) == (standing, False) if standing is not None else created
-        if created:
-            self.model.sent(id, key, priority, state="scheduled" if delayed else "waiting")
+        if not created:
+            return
+        if slot is not None:
+            self.model.taken[slot, key, place] = id
+        state = "scheduled" if delayed or place else "waiting"
+        debounced = slot == "debounce"
+        self.model.sent(id, key, priority, number=number, data=data, state=state, debounced=debounced, id_key=id_key)
 
-    @rule(keys=st.lists(KEYS, min_size=1, max_size=6), priority=PRIORITIES)
-    def send_many(self, keys: list[str], priority: int) -> None:
-        jobs = json.dumps([{"key": key, "priority": priority} for key in keys])
-        rows = self.ask("select id, created from notifyq.send_many(%s, %s)", self.queue, jobs)
-        for key, (id, created) in zip(keys, rows, strict=True):
-            standing = self.model.standing(key)
-            assert (id, created) == (standing, False) if standing is not None else created
-            if created:
-                self.model.sent(id, key, priority)
+    @rule(key=KEYS, priority=PRIORITIES, delayed=st.sampled_from([False, False, True]), slot=SLOTS, id_key=ID_KEYS)
+    def send(self, key: str, priority: int, delayed: bool, slot: str | None, id_key: str | None) -> None:
+        delayed &= slot != "debounce"
+        data = next(self.contents)
+        call = (
+            "select id, created from notifyq.try_send(%s, %s, key => %s, priority => %s, delay => %s, id_key => %s,"
+            " throttle => %s, debounce => %s)"
+        )
+        slots = [SLOT if slot == kind else None for kind in ("throttle", "debounce")]
+        [answer] = self.ask(call, self.queue, str(data), key, priority, "1 hour" if delayed else None, id_key, *slots)
+        self.sent(key, priority, slot, id_key, data, answer, delayed=delayed)
+
+    @rule(
+        entries=st.lists(st.tuples(KEYS, SLOTS, ID_KEYS), min_size=1, max_size=6),
+        slots=st.booleans(),
+        priority=PRIORITIES,
+    )
+    def send_many(self, entries: list[tuple[str, str | None, str | None]], slots: bool, priority: int) -> None:
+        entries = [(key, slot if slots else None, id_key) for key, slot, id_key in entries]
+        jobs = [
+            {"key": key, "priority": priority, "data": next(self.contents)}
+            | ({slot: SLOT} if slot else {})
+            | ({"id_key": id_key} if id_key else {})
+            for key, slot, id_key in entries
+        ]
+        rows = self.ask("select id, created from notifyq.send_many(%s, %s)", self.queue, json.dumps(jobs))
+        numbers = [next(self.model.numbers) for _ in jobs]
+        order = range(len(jobs))
+        if self.model.policy in ("short", "stately", "exclusive") or any(slot for _, slot, _ in entries):
+            # What is reserved by key is sent in the order of the keys and id_keys.
+            order = sorted(order, key=lambda n: (entries[n][0], entries[n][2] is None, entries[n][2] or "", n))
+        for n in order:
+            key, slot, id_key = entries[n]
+            self.sent(key, priority, slot, id_key, jobs[n]["data"], rows[n], number=numbers[n])
 
     @rule(key=KEYS)
     def upsert(self, key: str) -> None:
@@ -294,6 +370,7 @@ class Rules(RuleBasedStateMachine):
         assert self.ask(f"select notifyq.{how}(%s)", job.id) == [(not refused,)]
         if not refused:
             job.reserves = self.model.policy == "exclusive"
+            job.debounced = False
             self.model.again(job, "waiting")
 
     @precondition(lambda self: self.model.of("scheduled"))
@@ -332,8 +409,15 @@ class Rules(RuleBasedStateMachine):
             job.state = "scheduled"
         elif job.state == "scheduled" and delay == "0":
             self.model.again(job, "waiting")
-        elif job.state == "blocked" and delay == "1 hour":
-            job.state = "blocked"
+        elif job.state == "blocked" and delay is not None:
+            job.put_off = delay == "1 hour"
+
+    @rule()
+    def look_at_what_is_reserved(self) -> None:
+        number = "queue = (select number from notifyq.queue where name = %s)"
+        assert dict(self.ask(f"select key, job from notifyq.id_key where {number}", self.queue)) == self.model.id_keys()
+        reserved = self.ask(f"select job from notifyq.reserved where kind = 'p' and {number} order by job", self.queue)
+        assert [id for (id,) in reserved] == sorted(job.id for job in self.model.jobs.values() if job.reserves)
 
     # what must hold after each step
 
@@ -372,6 +456,7 @@ def database(server: str) -> Iterator[psycopg.Connection[Any]]:
         admin.execute(f"create database {name}".encode())
         trio.run(install)
         with psycopg.connect(testing.with_database(server, name), autocommit=True) as connection:
+            connection.execute("set statement_timeout = '30 s'")  # a function that is broken may go round for ever
             yield connection
         admin.execute(f"drop database {name}".encode())
 
@@ -387,6 +472,7 @@ def run(connection: psycopg.Connection[Any], examples: int, *, shrink: bool) -> 
             database=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+            report_multiple_bugs=shrink,  # or it goes on after the first one
             print_blob=True,
         ),
     )
@@ -409,6 +495,10 @@ BROKEN = {
     "a reserved key is given back to nobody": (
         "notifyq.unreserve(queue int, key text, job bigint)",
         "void language sql as ''",
+    ),
+    "an edit changes nothing": (
+        "notifyq.edit(job bigint, data jsonb, priority int, delay interval, due_at timestamptz)",
+        "boolean language sql as 'select false'",
     ),
     "a retry waits twice as long as it is told": (
         "notifyq.backoff(retry_delay interval, retry_delay_max interval, retry_backoff boolean, attempt int)",
