@@ -17,6 +17,7 @@ import trio
 
 from . import _schema
 from ._connect import connect, resolve_dsn, resolve_listen_dsn
+from ._ctrl_c import ctrl_c_alone
 from ._errors import InvalidOption
 from ._opening import open_connection
 from ._runtime import Runtime, run_until_signal
@@ -50,7 +51,8 @@ class Target:
             async with connect(self.dsn, schema=self.schema, migrate=False) as nq:
                 return await question(nq)
 
-        return trio.run(main)
+        with ctrl_c_alone():
+            return trio.run(main)
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with all columns.")

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from . import testing
 from ._connect import connect, resolve_dsn
+from ._ctrl_c import every_end_is_ctrl_c
 from ._demo_sql import INSERT_ORDER
 from ._new import write_project
 from ._queue import Queue
@@ -41,6 +42,7 @@ def main() -> None:
     """Run the demo. It leaves nothing running, and nothing in the database of ``DATABASE_URL`` but its own copy's end."""
     console = Console()
     with ExitStack() as stack:
+        stack.enter_context(every_end_is_ctrl_c())
         given = os.environ.get("DATABASE_URL")
         if given:
             server = resolve_dsn(given)

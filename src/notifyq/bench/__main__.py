@@ -10,6 +10,7 @@ import psycopg
 from click.core import ParameterSource
 
 from notifyq import NotifyqError
+from notifyq._ctrl_c import every_end_is_ctrl_c
 
 from ._measure import measure
 from ._options import ALL, MAIN, check
@@ -74,7 +75,8 @@ def main(
     if plot is not None and not is_installed():
         raise click.UsageError("--plot needs matplotlib: pip install 'notifyq[bench]'")
     try:
-        report = measure(names, dsn, **options)
+        with every_end_is_ctrl_c():
+            report = measure(names, dsn, **options)
     except (NotifyqError, ProcessEnded) as error:
         raise click.ClickException(str(error)) from None
     except psycopg.Error as error:

@@ -84,7 +84,12 @@ class Role:
         )
 
     def __enter__(self) -> Role:
-        self.hear()  # ready
+        try:
+            self.hear()  # ready
+        except BaseException:
+            self.kill()
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
