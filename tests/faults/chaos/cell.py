@@ -68,6 +68,8 @@ class Scene:
     environment: dict[str, str] = attrs.Factory(dict)
     wrapped: tuple[str, ...] = ()
     workers: Workers = attrs.field(init=False)
+    stopped_in_handlers: int = 0
+    """Workers that were stopped before the handler that this was timed for had ended."""
 
     @contextlib.contextmanager
     def incident(
