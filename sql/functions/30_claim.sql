@@ -1,8 +1,9 @@
 -- claim: ready tickets become active ones.
 
 -- Moves up to how_many due tickets of a queue to ready, by due time and then in the order in which they
--- were sent, but for those that waited for the rate of an ordered key, which have their places; returns how many. alone: one session at a
--- time, so that the timers of many runtimes do not all do it; the others find nothing to do.
+-- were sent, but for those that waited for the rate of an ordered key, which have their places; returns
+-- how many. alone: one session at a time, so that the timers of many runtimes do not all do it; the
+-- others find nothing to do.
 --
 -- The moment is a variable because clock_timestamp() is volatile: the index could not be asked for it.
 create or replace function notifyq.promote(queue int, how_many int default 1000, alone boolean default true) returns int

@@ -95,25 +95,25 @@ def encode(value: Any, type_: Any) -> str:
     return text
 
 
-_read = json.JSONDecoder().raw_decode  # without json.loads()'s search for blanks: jsonb has none around it
+_raw_decode = json.JSONDecoder().raw_decode  # without json.loads()'s search for blanks: jsonb has none around it
 
 
-def _read_without_msgspec(text: str) -> Any:
-    return _read(text)[0]
+def _read_plainly(text: str) -> Any:
+    return _raw_decode(text)[0]
 
 
 try:
     from msgspec import MsgspecError
-    from msgspec.json import decode as _read_with_msgspec
+    from msgspec.json import decode as _read_fast
 except ImportError:
-    _read_any = _read_without_msgspec
+    _read = _read_plainly
 else:
 
-    def _read_any(text: str) -> Any:
+    def _read(text: str) -> Any:
         try:
-            return _read_with_msgspec(text)
+            return _read_fast(text)
         except MsgspecError:  # a number that is beyond a double's range
-            return _read_without_msgspec(text)
+            return _read_plainly(text)
 
 
 def read_json(text: str | None) -> Any:
@@ -123,7 +123,7 @@ def read_json(text: str | None) -> Any:
     takes more than JSON has: it writes NaN as null.
     """
     try:
-        return None if text is None else _read_any(text)
+        return None if text is None else _read(text)
     except RecursionError:
         raise InvalidData("data is nested too deeply") from None
 

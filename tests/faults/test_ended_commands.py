@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,10 +24,14 @@ def folder():
     shutil.rmtree(made, ignore_errors=True)
 
 
-def processes() -> list[tuple[str, str]]:
+def processes() -> list[tuple[int, str]]:
     """Of each its parent's number and its command line."""
-    listed = subprocess.run(["ps", "-eo", "ppid=,args="], capture_output=True, text=True, check=True).stdout
-    return [(parent, line) for parent, _, line in (line.strip().partition(" ") for line in listed.splitlines())]
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int((process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            found.append((parent, (process / "cmdline").read_text(encoding="utf-8").replace("\0", " ")))
+    return found
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -42,7 +47,7 @@ async def test_what_a_command_started_ends_with_it(folder, command, ended_by):
     )
     try:
         with trio.fail_after(60):
-            while not any(parent == str(process.pid) and "-m notifyq" in line for parent, line in processes()):
+            while not any(parent == process.pid and "-m notifyq" in line for parent, line in processes()):
                 assert process.poll() is None
                 await trio.sleep(0.01)
             process.send_signal(ended_by)
