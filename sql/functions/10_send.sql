@@ -319,6 +319,9 @@ begin
         perform notifyq.key_options_fit(q, send_one.key, send_one.throttle, send_one.debounce, due is not null);
     end if;
 
+    if q.gated and send_one.debounce is not null then
+        perform notifyq.lock_gate(q.number); -- it may be an edit
+    end if;
     send_one.id := send_one.number;
     send_one.created := true;
     if send_one.id_key is not null then
@@ -486,6 +489,9 @@ begin
     end if;
     -- What is reserved by key is sent one by one, and in the order of the keys and id_keys, as in send_each().
     if q.policy in ('short', 'stately', 'exclusive') or exists (select from jsonb_array_elements(send_many.jobs) e where e.value ?| '{throttle,debounce}') then
+        if q.gated and exists (select from jsonb_array_elements(send_many.jobs) e where e.value ? 'debounce') then
+            perform notifyq.lock_gate(q.number);
+        end if;
         return query
         with entry as materialized (
         select e.*, nextval('notifyq.job_id_seq') as number
@@ -532,6 +538,8 @@ create or replace function notifyq.send_each(queue notifyq.queue, jobs jsonb)
 returns table (id bigint, created boolean)
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
 as $$
 #variable_conflict use_column
 declare
@@ -609,14 +617,16 @@ begin
     if exists (
         select from jsonb_array_elements(send_each.jobs) e
         where e.value ->> 'id_key' is not null
-        and not exists (select from notifyq.id_key k where k.queue = (send_each.queue).number and k.key = e.value ->> 'id_key')
+        and not exists (select from notifyq.id_key k where k.queue = (send_each.queue).number and k.key = e.value ->> 'id_key' offset 0)
     ) then
         raise exception 'a job with one of these id_keys was deleted at this moment' using errcode = 'serialization_failure', hint = 'Send again.';
     end if;
     return query
     select coalesce(k.job, ids[e.ordinality]), coalesce(k.job = ids[e.ordinality], true)
     from jsonb_array_elements(send_each.jobs) with ordinality e
-    left join notifyq.id_key k on k.queue = (send_each.queue).number and k.key = e.value ->> 'id_key'
+    left join lateral (
+        select o.job from notifyq.id_key o where o.queue = (send_each.queue).number and o.key = e.value ->> 'id_key' offset 0
+    ) k on true
     order by e.ordinality;
 end
 $$;

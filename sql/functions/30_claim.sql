@@ -9,6 +9,10 @@
 create or replace function notifyq.promote(queue int, how_many int default 1000, alone boolean default true) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
 declare
     moment constant timestamptz := clock_timestamp();
@@ -28,7 +32,7 @@ begin
     ), gone as (
         delete from notifyq.scheduled s
         using due
-        where s.job = due.job
+        where s.job = any (array[due.job])
         returning s.job, s.queue, s.attempt, s.due_at
     )
     insert into notifyq.ready (queue, priority, number, job, attempt, turn)
@@ -39,8 +43,8 @@ begin
             and not exists (select from notifyq.blocked b where b.queue = g.queue and b.key = coalesce(j.key, '') and b.parents = 0)
             then coalesce(j.key, '') end
     from gone g
-    join notifyq.job j on j.id = g.job
-    join notifyq.queue q on q.number = g.queue
+    cross join lateral (select * from notifyq.job o where o.id = g.job offset 0) j
+    cross join lateral (select * from notifyq.queue o where o.number = g.queue offset 0) q
     left join lateral (
         select o.turn from notifyq.key o
         where q.policy = 'ordered' and g.attempt = 0 and o.queue = g.queue and o.key = coalesce(j.key, '') and o.turn = g.job
@@ -154,7 +158,7 @@ begin
                 where q.name = claim.queue
                 and not q.paused
                 and not q.gated
-                and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment)
+                and not exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment offset 0)
                 and not exists (select from notifyq.job j where j.expires_at <= moment)
                 and (
                     claim.runtime is null
@@ -181,7 +185,7 @@ begin
                 select j.id, g.queue, g.attempt + 1 as attempt, g.number, j.priority, j.retry_limit, j.timeout,
                     j.sent_at, j.data, j.headers, j.provenance, j.key, g.priority as place
                 from gone g
-                join notifyq.job j on j.id = g.job
+                cross join lateral (select * from notifyq.job o where o.id = g.job offset 0) j
             ), active as (
                 insert into notifyq.active (job, queue, attempt, number, runtime, claimed_at, deadline)
                 select c.id, c.queue, c.attempt, c.number, claim.runtime, clock_timestamp(),
@@ -280,7 +284,7 @@ begin
             select j.id, t.attempt + 1 as attempt, t.number, j.priority, j.retry_limit, j.timeout,
                 j.sent_at, j.data, j.headers, j.provenance, j.key, t.place
             from rows from (unnest(jobs), unnest(numbers), unnest(attempts)) with ordinality t (job, number, attempt, place)
-            join notifyq.job j on j.id = t.job
+            cross join lateral (select * from notifyq.job o where o.id = t.job offset 0) j
             where (j.expires_at <= moment and t.attempt = 0) is not true
         ), active as (
             insert into notifyq.active (job, queue, attempt, number, runtime, key, claimed_at, deadline)

@@ -11,9 +11,8 @@
 -- Locks: whatever moves tickets of a gated queue, but for sends and promote(), locks its gate first
 -- (lock_gates()): one transaction at a time, to its end, so that nothing here can deadlock.
 --
--- Plans: these tables go from empty to millions and back between two ANALYZEs, so no statement may leave
--- the planner a choice that is good for a few rows only: rows are found by ctid, by ON CONFLICT, or in
--- lateral subqueries that it cannot flatten (LIMIT, OFFSET 0), never by a join that could scan a queue's all.
+-- Plans: rows are found by ctid, by ON CONFLICT, or in lateral subqueries, never by a join that could scan a
+-- queue's all: see the README.
 
 -- How many starts a rate has left at this moment. A start counts until a period after the end of
 -- the hundredth of a period that it fell in, so never more than limit fall into any period.
@@ -88,7 +87,7 @@ begin
     from (
         select j.queue
         from notifyq.job j
-        join notifyq.queue q on q.number = j.queue
+        join notifyq.queue q on q.number = any (array[j.queue])
         where j.id = any (lock_gates.jobs)
         and q.gated
         union
@@ -358,7 +357,7 @@ begin
         -- A ticket that somebody else holds (an edit, say) was stepped over: what is behind it waits for it.
         select coalesce(array_agg(j.key), '{}') into passed_over
         from notifyq.ready t
-        join notifyq.job j on j.id = t.job
+        join notifyq.job j on j.id = any (array[t.job])
         where t.queue = q.number
         and t.priority <= sift.high
         and (t.priority > (front[looked_at]).priority or t.priority = (front[looked_at]).priority and t.number < (front[looked_at]).number)
@@ -379,7 +378,7 @@ begin
             end as rate,
             sift.key_limit - coalesce((sift.at_work -> coalesce(j.key, ''))::int, 0) as own
         from rows from (unnest(front), unnest(behind)) with ordinality f (number, job, queue, attempt, priority, turn, is_behind, place)
-        join notifyq.job j on j.id = f.job
+        join notifyq.job j on j.id = any (array[f.job])
         left join lateral (
             select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0
         ) k on by_key
@@ -526,7 +525,7 @@ begin
         ), judged as materialized (
             select g.*, g.attempt = 0 and (j.expires_at <= take_turns.moment) is true as late
             from gone g
-            join notifyq.job j on j.id = g.job
+            join notifyq.job j on j.id = any (array[g.job])
         ), held as (
             insert into notifyq.key (queue, key, held)
             select q.number, g.key, count(*)
@@ -741,6 +740,10 @@ $$;
 create or replace function notifyq.leave_line(jobs bigint[], were_blocked boolean default false) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
 declare
     q notifyq.queue;
@@ -750,7 +753,7 @@ begin
     for q in
         select distinct o.*
         from notifyq.job j
-        join notifyq.queue o on o.number = j.queue
+        join notifyq.queue o on o.number = any (array[j.queue])
         where j.id = any (leave_line.jobs)
         and o.gated
         order by o.number
@@ -777,6 +780,10 @@ $$;
 create or replace function notifyq.release_heads(jobs bigint[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
 declare
     held record;
@@ -784,7 +791,7 @@ begin
     for held in
         select q as queue, array_agg(k.key order by k.key) as keys
         from notifyq.key k
-        join notifyq.queue q on q.number = k.queue
+        join notifyq.queue q on q.number = any (array[k.queue])
         where k.head = any (release_heads.jobs)
         group by q.number, q.*
         order by q.number

@@ -4,8 +4,7 @@
 -- null: whatever attempt is active (by hand). A job that is not active with this attempt and
 -- this runtime is left alone. Returns the ids that were completed.
 --
--- The fence is a CASE because the planner then takes it to pass half of the rows. As a plain
--- condition on runtime it expects next to none, and joins by scanning all of active for each job.
+-- BETWEEN is the = of a join that can only look up row by row (README: Plans).
 --
 -- Locks: gates, active tickets in the order given (give them by id), then jobs.
 create or replace function notifyq.complete(
@@ -40,18 +39,19 @@ begin
         using rows from (
             unnest(complete.jobs), unnest(complete.attempts), jsonb_array_elements(complete.outputs)
         ) as o (job, attempt, output)
-        where a.job = o.job
-        and case when a.runtime is not distinct from complete.runtime then complete.attempts is null or a.attempt = o.attempt end
+        where a.job between o.job and o.job
+        and a.runtime is not distinct from complete.runtime
+        and (complete.attempts is null or a.attempt = o.attempt)
         returning a.job, a.queue, a.attempt, a.runtime, a.claimed_at, a.key, nullif(o.output, 'null') as output
     ), done as (
         delete from notifyq.job j
         using gone g
-        where j.id = g.job
+        where j.id between g.job and g.job
         returning j.*, g.attempt, g.runtime, g.claimed_at, g.key as held_key, g.output
     ), judged as materialized (
         select d.*, q.retention, q.retention is null or q.retention > '0' as kept
         from done d
-        join notifyq.queue q on q.number = d.queue
+        left join notifyq.queue q on q.number = d.queue
     ), kept as (
         insert into notifyq.archive (
             id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key,

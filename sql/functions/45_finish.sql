@@ -3,7 +3,7 @@
 
 -- Takes tickets out of active, by id; returns them. A ticket that is not active with this
 -- attempt (attempts null: any) and this runtime (null: claimed by hand) stays.
--- About the CASE see complete().
+--
 create or replace function notifyq.leave_active(jobs bigint[], attempts int[], runtime uuid, as_of timestamptz[] default null)
 returns setof notifyq.active
 language sql
@@ -19,8 +19,9 @@ as $$
         from rows from (unnest(leave_active.jobs), unnest(leave_active.attempts), unnest(leave_active.as_of)) o (job, attempt, as_of)
         order by o.job
     ) o
-    where a.job = o.job
-    and case when a.runtime is not distinct from leave_active.runtime then leave_active.attempts is null or a.attempt = o.attempt end
+    where a.job = any (array[o.job])
+    and a.runtime is not distinct from leave_active.runtime
+    and (leave_active.attempts is null or a.attempt = o.attempt)
     and a.claimed_at <= coalesce(o.as_of, 'infinity')
     returning a.*
 $$;
@@ -73,10 +74,10 @@ begin
         delete from notifyq.ready r
         using notifyq.job j
         where j.id = any (leave_waiting.jobs)
-        and r.queue = j.queue
-        and r.priority = j.priority
-        and r.number = j.id
-        and r.job = j.id
+        and r.queue = any (array[j.queue])
+        and r.priority = any (array[j.priority])
+        and r.number = any (array[j.id])
+        and r.job = r.number
         and 'ready' = any (leave_waiting.states)
         and (r.attempt = 0 or not leave_waiting.unstarted)
         returning r.*
@@ -126,9 +127,9 @@ as $$
                 'key', j.key, 'provenance', j.provenance
             )
         from unnest(copy_to_dead_letter.jobs) f (job)
-        join notifyq.job j on j.id = f.job
-        join notifyq.queue q on q.number = j.queue
-        join notifyq.queue d on d.number = q.dead_letter
+        join notifyq.job j on j.id = any (array[f.job])
+        join notifyq.queue q on q.number = any (array[j.queue])
+        join notifyq.queue d on d.number = any (array[q.dead_letter])
         left join lateral (
             select a.attempt, a.type, a.message
             from notifyq.attempt a
@@ -136,13 +137,13 @@ as $$
             order by a.attempt desc, a.failed_at desc
             limit 1
         ) e on true
-        order by j.id
+        order by f.job
         returning id, queue, priority
     )
     insert into notifyq.ready (queue, priority, number, job)
     select c.queue, notifyq.line_priority(c.priority, q.ageing), notifyq.line_number(c.id, c.priority, q.ageing), c.id
     from copy c
-    join notifyq.queue q on q.number = c.queue
+    join notifyq.queue q on q.number = any (array[c.queue])
     order by c.id
 $$;
 
@@ -171,12 +172,12 @@ begin
     with done as (
         delete from notifyq.job j
         using (select * from unnest(finish.ended) e order by e.job) e
-        where j.id = e.job
+        where j.id = any (array[e.job])
         returning j.*, e.attempt, e.runtime, e.claimed_at
     ), judged as materialized (
         select d.*, q.retention, q.retention is null or q.retention > '0' as kept
         from done d
-        join notifyq.queue q on q.number = d.queue
+        join notifyq.queue q on q.number = any (array[d.queue])
     ), kept as (
         insert into notifyq.archive (
             id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key,
@@ -235,7 +236,7 @@ begin
     insert into notifyq.attempt (job, attempt, type, message)
     select e.job, e.attempt, 'expired', 'not started in its time, which ended at ' || j.expires_at
     from unnest(end_expired.tickets) e
-    join notifyq.job j on j.id = e.job;
+    join notifyq.job j on j.id = any (array[e.job]);
     perform notifyq.finish(end_expired.tickets, 'failed');
 end
 $$;

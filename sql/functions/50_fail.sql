@@ -22,7 +22,7 @@ $$;
 -- ends as cancelled.
 --
 -- Returns the jobs it affected and where they stand now: scheduled, ready, failed or cancelled. Ones
--- that are not active with this attempt and runtime are left alone. About the CASE see complete().
+-- that are not active with this attempt and runtime are left alone.
 -- Locks: active tickets in the order given (give them by id), then jobs.
 create or replace function notifyq.fail(
     jobs bigint[],
@@ -57,8 +57,9 @@ begin
         using rows from (
             unnest(fail.jobs), unnest(fail.attempts), jsonb_array_elements(fail.errors), unnest(fail.final), unnest(fail.retry_in)
         ) as o (job, attempt, error, final, retry_in)
-        where a.job = o.job
-        and case when a.runtime is not distinct from fail.runtime then fail.attempts is null or a.attempt = o.attempt end
+        where a.job = any (array[o.job])
+        and a.runtime is not distinct from fail.runtime
+        and (fail.attempts is null or a.attempt = o.attempt)
         returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at, a.claimed_at, a.runtime, o.error, o.final, o.retry_in
     ), noted as (
         insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message, traceback)
@@ -74,7 +75,7 @@ begin
             end as state,
             d.delay
         from gone g
-        join notifyq.job j on j.id = g.job
+        join notifyq.job j on j.id = any (array[g.job])
         cross join lateral (
             select coalesce(g.retry_in, notifyq.backoff(j.retry_delay, j.retry_delay_max, j.retry_backoff, g.attempt)) as delay
         ) d
@@ -87,7 +88,7 @@ begin
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select v.queue, notifyq.line_priority(v.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), v.priority, q.ageing), v.job, v.attempt
         from verdict v
-        join notifyq.queue q on q.number = v.queue
+        join notifyq.queue q on q.number = any (array[v.queue])
         where v.state = 'ready'
     )
     select array_agg(v.job) as jobs, array_agg(v.state) as states,
@@ -154,8 +155,9 @@ begin
     with gone as materialized (
         delete from notifyq.active a
         using rows from (unnest(snooze.jobs), unnest(snooze.attempts), unnest(snooze.delays), unnest(snooze.as_of)) as o (job, attempt, delay, as_of)
-        where a.job = o.job
-        and case when a.runtime is not distinct from snooze.runtime then snooze.attempts is null or a.attempt = o.attempt end
+        where a.job = any (array[o.job])
+        and a.runtime is not distinct from snooze.runtime
+        and (snooze.attempts is null or a.attempt = o.attempt)
         and a.claimed_at <= coalesce(o.as_of, 'infinity')
         returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at is not null as cancelled, o.delay
     ), later as (
@@ -168,8 +170,8 @@ begin
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select g.queue, notifyq.line_priority(j.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing), g.job, g.attempt - 1
         from gone g
-        join notifyq.job j on j.id = g.job
-        join notifyq.queue q on q.number = g.queue
+        join notifyq.job j on j.id = any (array[g.job])
+        join notifyq.queue q on q.number = any (array[g.queue])
         where not g.cancelled
         and coalesce(g.delay, '0') <= '0'
     )
@@ -210,8 +212,8 @@ begin
         insert into notifyq.ready (queue, priority, number, job, attempt)
         select g.queue, notifyq.line_priority(j.priority, q.ageing), g.number, g.job, g.attempt - 1
         from gone g
-        join notifyq.job j on j.id = g.job
-        join notifyq.queue q on q.number = g.queue
+        join notifyq.job j on j.id = any (array[g.job])
+        join notifyq.queue q on q.number = any (array[g.queue])
         where not g.cancelled
         order by g.number
     )

@@ -37,17 +37,17 @@ begin
     else
         -- With all that may be cancelled down the line, so that there is one order.
         perform from notifyq.blocked b
-        where b.job in (
+        where b.job = any (array(
             with recursive down as (
                 select u.child from unnest(children) u (child)
                 union
                 select d.child
                 from down
-                join notifyq.blocked o on o.job = down.child and o.on_failure <> 'run'
-                join notifyq.dependency d on d.parent = o.job and d.state is null
+                join notifyq.blocked o on o.job = any (array[down.child]) and o.on_failure <> 'run'
+                join notifyq.dependency d on d.parent = any (array[o.job]) and d.state is null
             )
             select down.child from down
-        )
+        ))
         order by b.job
         for update;
     end if;
@@ -64,20 +64,20 @@ begin
         from notifyq.blocked b
         where d.parent = any (parents_ended.jobs)
         and d.state is null
-        and b.job = d.child
+        and b.job = any (array[d.child])
         and (parents_ended.how = 'completed' or b.on_failure = 'run')
         returning d.child
     )
     update notifyq.blocked b
     set parents = b.parents - c.number
     from (select counted.child, count(*)::int as number from counted group by counted.child) c
-    where b.job = c.child;
+    where b.job = any (array[c.child]);
     with gone as (
         delete from notifyq.blocked b
         where b.job = any (children)
         and b.parents = 0
         and not b.job = any (coalesce(doomed, '{}'))
-        and exists (select from notifyq.dependency d where d.child = b.job and d.parent = any (parents_ended.jobs) and d.state is not null)
+        and exists (select from notifyq.dependency d where d.child = b.job and d.parent = any (parents_ended.jobs) and d.state is not null offset 0)
         returning b.*
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
@@ -88,7 +88,7 @@ begin
     insert into notifyq.ready (queue, priority, number, job, attempt)
     select g.queue, notifyq.line_priority(g.priority, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), g.priority, q.ageing), g.job, g.attempt
     from gone g
-    join notifyq.queue q on q.number = g.queue
+    join notifyq.queue q on q.number = any (array[g.queue])
     where (g.due_at > clock_timestamp()) is not true
     order by g.job;
     -- Level by level and then all at once: a call within a call for each would overflow the stack.
@@ -102,9 +102,9 @@ begin
         level := doomed;
         select array_agg(distinct b.job) into doomed
         from notifyq.dependency d
-        join notifyq.blocked b on b.job = d.child
-        join notifyq.job j on j.id = d.parent
-        join notifyq.queue q on q.number = j.queue
+        join notifyq.blocked b on b.job = any (array[d.child])
+        join notifyq.job j on j.id = any (array[d.parent])
+        join notifyq.queue q on q.number = any (array[j.queue])
         where d.parent = any (level)
         and d.state is null
         and b.parents > 0
@@ -290,13 +290,17 @@ $$;
 create or replace function notifyq.parents(job bigint) returns table (id bigint, name text, queue text, state text, output jsonb)
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
     select d.parent, coalesce(f.name, d.parent::text), q.name, coalesce(a.state, d.state, 'waiting'), a.output
     from notifyq.dependency d
-    left join notifyq.flow_job f on f.job = d.parent
-    left join notifyq.archive a on a.id = d.parent
-    left join notifyq.job j on j.id = d.parent
-    left join notifyq.queue q on q.number = coalesce(a.queue, j.queue)
+    left join notifyq.flow_job f on f.job = any (array[d.parent])
+    left join notifyq.archive a on a.id = any (array[d.parent])
+    left join notifyq.job j on j.id = any (array[d.parent])
+    left join notifyq.queue q on q.number = any (array[coalesce(a.queue, j.queue)])
     where d.child = parents.job
     order by d.parent
 $$;

@@ -84,12 +84,12 @@ as $$
     ), chosen as materialized (
         select s.id, q.ageing
         from (select * from standing order by queue, key, id) s
-        join notifyq.queue q on q.number = s.queue
+        join notifyq.queue q on q.number = any (array[s.queue])
         where case when q.policy = 'exclusive' then notifyq.reserve(q.number, 'p', coalesce(s.key, ''), 0, s.id) = s.id else true end
     ), gone as (
         delete from notifyq.archive a
         using chosen c
-        where a.id = c.id
+        where a.id = any (array[c.id])
         returning a.*, c.ageing
     ), job as (
         insert into notifyq.job (id, sent_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key, headers, provenance, data)
@@ -275,8 +275,8 @@ set search_path = pg_catalog, pg_temp
 as $$
     select r.job, r.number, r.priority, s.name
     from notifyq.ready r
-    join notifyq.job j on j.id = r.job
-    join notifyq.queue s on s.name = j.provenance ->> 'queue'
+    join notifyq.job j on j.id = any (array[r.job])
+    join notifyq.queue s on s.name = any (array[j.provenance ->> 'queue'])
     where r.queue = redrivable.dead_letter
     and s.number <> redrivable.dead_letter
     and (redrivable.source is null or s.name = redrivable.source)
@@ -299,6 +299,9 @@ create or replace function notifyq.redrive(
 ) returns table (id bigint, queue text, new_id bigint)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
@@ -325,43 +328,49 @@ begin
     with candidate as materialized (
         select r.ctid as place, r.job, c.source_name, nextval('notifyq.job_id_seq') as new_id
         from notifyq.redrivable(dead.number, redrive.source, redrive.error_type, redrive.how_many) c
-        join notifyq.ready r on r.queue = dead.number and r.priority = c.priority and r.number = c.number
-        for update of r skip locked
+        cross join lateral (
+            select o.ctid, o.job
+            from notifyq.ready o
+            where o.queue = dead.number
+            and o.priority = c.priority
+            and o.number = c.number
+            offset 0
+            for update skip locked
+        ) r
     ), chosen as materialized (
         -- One whose key the source's policy has taken stays, too.
         select c.*
         from (
             select c.*, j.provenance ->> 'key' as key
             from candidate c
-            join notifyq.job j on j.id = c.job
+            join notifyq.job j on j.id = any (array[c.job])
             order by c.source_name, j.provenance ->> 'key', c.new_id
         ) c
-        join notifyq.queue q on q.name = c.source_name
+        join notifyq.queue q on q.name = any (array[c.source_name])
         where case when q.policy in ('short', 'stately', 'exclusive')
             then notifyq.reserve(q.number, 'p', coalesce(c.key, ''), 0, c.new_id) = c.new_id else true end
     ), ticket as (
         delete from notifyq.ready r
         using chosen c
         where r.ctid = c.place
-        returning r.job
+        returning r.job, c.source_name, c.new_id
     ), gone as (
         delete from notifyq.job j
         using ticket t
-        where j.id = t.job
-        returning j.*
+        where j.id = any (array[t.job])
+        returning j.*, t.source_name, t.new_id
     ), again as (
         insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, key, provenance)
-        select c.new_id, q.number, g.data, g.headers, coalesce((g.provenance ->> 'priority')::smallint, q.priority),
+        select g.new_id, q.number, g.data, g.headers, coalesce((g.provenance ->> 'priority')::smallint, q.priority),
             q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, g.provenance ->> 'key', nullif(g.provenance -> 'provenance', 'null')
         from gone g
-        join chosen c on c.job = g.id
-        join notifyq.queue q on q.name = c.source_name
+        join notifyq.queue q on q.name = any (array[g.source_name])
         returning id, queue, priority
     ), rung as (
         insert into notifyq.ready (queue, priority, number, job)
         select a.queue, notifyq.line_priority(a.priority, q.ageing), notifyq.line_number(a.id, a.priority, q.ageing), a.id
         from again a
-        join notifyq.queue q on q.number = a.queue
+        join notifyq.queue q on q.number = any (array[a.queue])
         order by a.id
     )
     select array_agg(c.job) as jobs, array_agg(c.source_name) as queues, array_agg(c.new_id) as new_ids,

@@ -187,12 +187,12 @@ begin
         array_agg(l) filter (where l.cancel_requested_at is null and l.attempt <= j.retry_limit)
     into cancelled, failed, back
     from unnest(recover.lost) l
-    join notifyq.job j on j.id = l.job;
+    join notifyq.job j on j.id = any (array[l.job]);
     insert into notifyq.ready (queue, priority, number, job, attempt)
     select b.queue, notifyq.line_priority(j.priority, q.ageing), b.number, b.job, b.attempt
     from unnest(back) b
-    join notifyq.job j on j.id = b.job
-    join notifyq.queue q on q.number = b.queue
+    join notifyq.job j on j.id = any (array[b.job])
+    join notifyq.queue q on q.number = any (array[b.queue])
     order by b.number;
     perform notifyq.free(back, 'again');
     perform notifyq.finish(failed, 'failed');

@@ -6,6 +6,8 @@
 create or replace function notifyq.expire(how_many int default 1000) returns int
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
 as $$
 declare
     moment constant timestamptz := clock_timestamp();
@@ -21,10 +23,10 @@ begin
         from notifyq.job j
         where j.expires_at <= moment
         and (
-            exists (select from notifyq.ready r where r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.attempt = 0)
-            or exists (select from notifyq.ready r where r.job = j.id and r.number <> r.job and r.attempt = 0)
-            or exists (select from notifyq.scheduled s where s.job = j.id and s.attempt = 0)
-            or exists (select from notifyq.blocked b where b.job = j.id and b.attempt = 0)
+            exists (select from notifyq.ready r where r.queue = j.queue and r.priority = j.priority and r.number = j.id and r.attempt = 0 offset 0)
+            or exists (select from notifyq.ready r where r.job = j.id and r.number <> r.job and r.attempt = 0 offset 0)
+            or exists (select from notifyq.scheduled s where s.job = j.id and s.attempt = 0 offset 0)
+            or exists (select from notifyq.blocked b where b.job = j.id and b.attempt = 0 offset 0)
         )
         limit expire.how_many
     );
@@ -45,11 +47,15 @@ $$;
 create or replace function notifyq.purge(how_many int default 1000) returns int
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
 as $$
 declare
     gone bigint[];
     rested record;
-    forgotten int := 0;
+    forgotten int;
 begin
     perform notifyq.how_many_fits(purge.how_many);
     if not pg_try_advisory_xact_lock(notifyq.lock_class('purge'), 0) then
@@ -73,14 +79,22 @@ begin
     ), deleted as (
         delete from notifyq.archive a
         using old
-        where a.id = old.id
+        where a.id = any (array[old.id])
         returning a.id
     )
     select array_agg(d.id) into gone from deleted d;
     perform notifyq.release_heads(gone);
     perform notifyq.parents_ended(gone, 'deleted');
     perform notifyq.forget(gone);
-    delete from notifyq.reserved r where r.until < clock_timestamp() - interval '1 minute';
+    delete from notifyq.reserved r
+    where r.ctid = any (array(
+        select o.ctid
+        from notifyq.reserved o
+        where o.until < clock_timestamp() - interval '1 minute'
+        limit purge.how_many
+        for update skip locked
+    ));
+    get diagnostics forgotten = row_count;
     for rested in
         select q.number as queue, array(
             select k.key

@@ -567,6 +567,15 @@ async def test_a_debounce_makes_one_more_job_in_the_next_slot_with_the_latest_da
     assert (data, aligned) == (3, True)
 
 
+async def test_slots_that_have_passed_are_forgotten_in_batches(line, ask):
+    q = await line()
+    for key in "abc":
+        await q.try_send(key, throttle="1 hour")
+    await ask("update notifyq.reserved set until = until - interval '1 day' where key <> '3600:c'")
+    assert [await ask("select notifyq.purge(1)") for _ in range(3)] == [[(1,)], [(1,)], [(0,)]]
+    assert await ask("select key from notifyq.reserved") == [("3600:c",)]
+
+
 POLICIES_OF_ONE = pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
 
 

@@ -1207,6 +1207,29 @@ async def test_a_claim_waits_for_a_debounced_send_and_brings_its_data(ask, race,
     await well()
 
 
+async def test_two_bulk_debounced_sends_whose_keys_overlap_do_not_deadlock(
+    ask, connection, other, third, nursery, queue, well
+):
+    await queue(policy="short")
+
+    def bulk(keys: str, data: int) -> str:
+        jobs = [{"key": key, "debounce": 3600, "data": data} for key in keys]
+        return f"select id from notifyq.send_many('q', '{json.dumps(jobs)}')"
+
+    await ask(bulk("ac", 1))  # what is sent of these keys is an edit, and locks the gate
+    async with connection.transaction():
+        await ask("select notifyq.lock_gate(number) from notifyq.queue where name = 'q'")
+        calls = []
+        for session, keys, data in ((other, "ab", 2), (third, "bc", 3)):
+            calls.append(Call(session, bulk(keys, data)))
+            nursery.start_soon(calls[-1].run)
+            await until_waiting(connection, session)
+    (a, b), (b_again, c) = [[job for (job,) in await call.answer()] for call in calls]
+    assert b == b_again
+    assert await ask("select id, data from notifyq.jobs order by key") == [(a, 2), (b, 3), (c, 3)]
+    await well()
+
+
 # maintenance
 
 
