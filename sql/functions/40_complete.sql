@@ -51,7 +51,7 @@ begin
     ), judged as materialized (
         select d.*, q.retention, q.retention is null or q.retention > '0' as kept
         from done d
-        left join notifyq.queue q on q.number = d.queue
+        cross join lateral (select * from notifyq.queue o where o.number = d.queue offset 0) q
     ), kept as (
         insert into notifyq.archive (
             id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key,

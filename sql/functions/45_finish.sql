@@ -72,12 +72,20 @@ begin
 
     with ticket as (
         delete from notifyq.ready r
-        using notifyq.job j
-        where j.id = any (leave_waiting.jobs)
-        and r.queue = any (array[j.queue])
-        and r.priority = any (array[j.priority])
-        and r.number = any (array[j.id])
-        and r.job = r.number
+        where r.ctid = any (array(
+            select t.ctid
+            from notifyq.job j
+            cross join lateral (
+                select o.ctid
+                from notifyq.ready o
+                where o.queue = j.queue
+                and o.priority = j.priority
+                and o.number = j.id
+                and o.job = j.id
+                offset 0
+            ) t
+            where j.id = any (leave_waiting.jobs)
+        ))
         and 'ready' = any (leave_waiting.states)
         and (r.attempt = 0 or not leave_waiting.unstarted)
         returning r.*

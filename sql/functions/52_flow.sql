@@ -44,7 +44,7 @@ begin
                 select d.child
                 from down
                 join notifyq.blocked o on o.job = any (array[down.child]) and o.on_failure <> 'run'
-                join notifyq.dependency d on d.parent = any (array[o.job]) and d.state is null
+                cross join lateral (select e.child from notifyq.dependency e where e.parent = o.job and e.state is null offset 0) d
             )
             select down.child from down
         ))
