@@ -108,7 +108,7 @@ def firings(rule: Rule, after: datetime) -> Iterator[datetime]:
         yield after.astimezone(zone)
 
 
-def distinct(schedules: Any, queue: str) -> tuple[Schedule, ...]:
+def distinct(schedules: Any, queue: str, policy: str | None = None) -> tuple[Schedule, ...]:
     """The schedules declared with a queue. Raises ``InvalidOption`` unless they are that, with names of their own."""
     if isinstance(schedules, str | Schedule) or not hasattr(schedules, "__iter__"):
         raise InvalidOption(f"queue {queue!r}: schedules must be a sequence of Schedules, not {shown(schedules)}")
@@ -120,6 +120,11 @@ def distinct(schedules: Any, queue: str) -> tuple[Schedule, ...]:
         if schedule.name in names:
             raise InvalidOption(f"queue {queue!r}: two schedules are named {schedule.name!r}: give each a name=")
         names.add(schedule.name)
+    if found and policy == "ordered":
+        raise InvalidOption(
+            f"queue {queue!r} is ordered by key, and the jobs of a schedule have none:"
+            " give the schedule to another queue, whose worker sends to this one with a key"
+        )
     return found
 
 

@@ -308,10 +308,11 @@ async def test_upsert_and_update_job_wake_a_worker(start, nq):
         ({"key_limit": 0}, "key_limit must be an int"),
         ({"active_limit": 1.5}, "active_limit must be an int"),
         ({"rate_limit": -1, "rate_period": 1}, "rate_limit must be an int"),
-        ({"rate_limit": 1, "rate_period": 0}, "rate_period must be from 0.01"),
-        ({"key_rate_limit": 1, "key_rate_period": 1e9}, "key_rate_period must be from 0.01"),
-        ({"ageing": 0}, "ageing must be from 0.001"),
+        ({"rate_limit": 1, "rate_period": 0}, "rate_period must be from 0.01 seconds to a year, not 0"),
+        ({"key_rate_limit": 1, "key_rate_period": 1e9}, "key_rate_period must be from 0.01 seconds to a year"),
+        ({"ageing": 0}, "ageing must be from 0.001 seconds to a day"),
         ({"fair": 1}, "fair must be True or False"),
+        ({"policy": "ordered", "schedules": [notifyq.Schedule(every=1)]}, "the jobs of a schedule have none: give"),
     ],
 )
 async def test_rules_that_cannot_be_are_refused_where_the_queue_is_declared(options, message):
