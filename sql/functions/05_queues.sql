@@ -332,6 +332,26 @@ begin
         and j.id = a.job
         and a.key is null;
     end if;
+    if (q.key_rate_limit, q.key_rate_period) is distinct from (was.key_rate_limit, was.key_rate_period) then
+        -- What rests until the rate of its key lets it start is looked at again; the gate has it rest anew if it has to.
+        -- One that is put off or waits for another attempt is due at a moment of its own.
+        with gone as (
+            delete from notifyq.scheduled s
+            using notifyq.key k
+            where k.queue = q.number
+            and s.job = k.turn
+            and s.due_at = notifyq.rate_next(k.starts, was.key_rate_period, clock_timestamp())
+            returning s.job, s.attempt
+        )
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select q.number, notifyq.line_priority(j.priority, q.ageing),
+            case when g.attempt = 0 and q.ageing is null then g.job else notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing) end,
+            g.job, g.attempt
+        from gone g
+        join notifyq.job j on j.id = g.job
+        order by g.job;
+        update notifyq.key k set turn = null where k.queue = q.number and k.turn is not null;
+    end if;
     -- Counted anew: what was active before there was a gate, or while another limit held, counts. Starts
     -- that a rate has counted stay counted while its period is the same.
     delete from notifyq.key k

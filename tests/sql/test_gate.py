@@ -860,6 +860,52 @@ async def test_the_others_of_a_key_do_not_wait_for_the_next_attempt_of_one(line,
     assert await q.state(c) == "scheduled"
 
 
+@pytest.mark.parametrize("policy", ["standard", "ordered", "fair"])
+@pytest.mark.parametrize(
+    ("change", "then"),
+    [
+        ({"key_rate_limit": 3}, 2),
+        ({"key_rate_limit": 2}, 1),
+        ({"key_rate_limit": None, "key_rate_period": None}, 3),
+        ({"key_rate_limit": 2, "key_rate_period": 120}, 2),
+        ({"key_rate_limit": 2, "key_rate_period": 60, "priority": 1}, 1),
+        ({"priority": 1}, 0),
+    ],
+)
+async def test_what_rests_until_its_keys_rate_lets_it_start_feels_a_change_of_it(line, ask, policy, change, then):
+    q = await line(key_rate_limit=1, key_rate_period=60, **({"fair": True} if policy == "fair" else {"policy": policy}))
+    jobs = await q.send(*"kkkk")
+    assert await q.claim() == [jobs[0]]
+    await q.complete(jobs[0])
+    assert await q.claim() == []
+    assert await q.states(*jobs[1:]) == ["scheduled", "blocked", "blocked"]
+    await ask("select notifyq.update_queue('q', %s)", json.dumps(change))
+    started = []
+    for _ in range(4):
+        claimed = await q.claim()
+        started += claimed
+        await q.complete(*claimed)
+    assert len(started) == then  # a rate of another period begins anew
+    left = [job for job in jobs[1:] if job not in started]
+    assert sorted(await q.states(*left), reverse=True) == (["scheduled"] + ["blocked"] * 2)[: len(left)]
+    if policy != "fair":
+        assert started == jobs[1 : 1 + then]
+
+
+async def test_what_waits_for_another_attempt_does_not_feel_a_change_of_its_keys_rate(line, ask):
+    q = await line(key_rate_limit=1, key_rate_period=60)
+    a, b = await q.send(*"kk")
+    assert await q.claim() == [a]
+    await ask("update notifyq.key set starts = array[starts[1] - 101]")
+    await ask("update notifyq.scheduled set due_at = now()")
+    assert await q.claim() == [b]
+    await ask("select notifyq.fail(%s, 'x', retry_in => '1 minute')", b)
+    assert await ask("select turn from notifyq.key") == [(b,)]
+    await ask("select notifyq.update_queue('q', '{\"key_rate_limit\": 3}')")
+    assert await q.claim() == []
+    assert await q.state(b) == "scheduled"
+
+
 async def test_a_key_whose_rate_has_come_to_rest_is_forgotten(line, ask):
     q = await line(key_rate_limit=2, key_rate_period=60)
     jobs = await q.send(*"ab")
