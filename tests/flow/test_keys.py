@@ -351,6 +351,41 @@ async def test_one_tenants_jobs_do_not_delay_anothers(start, nq):
     assert [number for _, number in running.order].index(-1) < 100
 
 
+@pytest.mark.parametrize("at_first", [True, False], ids=["from the start", "from a change on"])
+async def test_a_job_of_a_fair_queue_does_not_wait_for_what_its_process_has_claimed_of_another_key(start, nq, at_first):
+    queue = Queue("q", int, int, fair=True)
+    order: list[str] = []
+    begun_before: dict[int, int] = {}
+
+    @queue.worker(concurrency=2, poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        order.append(job.key or "")
+        await trio.sleep(0.005)
+        return job.data
+
+    def note(event: events.JobClaimed) -> None:
+        begun_before[event.job_id] = len(order)
+
+    await nq.create_queue(Queue("q", int, int, fair=at_first))
+    await nq.send_many(queue, [notifyq.NewJob(number, {"key": "many"}) for number in range(20_000)])
+    seen = await start(queue, lease=3600)
+    seen.runtime.subscribe(note, events.JobClaimed)
+    while len(order) < 200:  # from then on it claims ahead
+        await trio.sleep(0.005)
+    if not at_first:
+        await nq.update_queue(queue)
+    in_turn = number = 0
+    with trio.fail_after(20):
+        while in_turn < 5:
+            number += 1
+            sent = await nq.send(queue, -1, key=f"one {number}")
+            await nq.result(sent)
+            # one of the other key's that has its turn, and what the slots had taken and not begun
+            waited = order.index(f"one {number}") - begun_before[sent.id]
+            in_turn = in_turn + 1 if waited <= 3 else 0
+            assert in_turn or not at_first, waited
+
+
 async def test_a_flow_runs_in_order_and_children_read_their_parents(start, nq):
     fetch = Queue("fetch", str, str)
     merge = Queue("merge", str, str)
