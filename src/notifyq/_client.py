@@ -124,7 +124,11 @@ class Client(Planner):
         delay: float | timedelta | datetime | None = None,
         connection: TrioConnection | None = None,
     ) -> Sent[Out]:
-        """Edit the job of this key that waits, or send one, atomically; ``created`` says which. Raises as ``send``."""
+        """Edit the job of this key that waits, or send one, atomically; ``created`` says which. Raises as ``send``.
+
+        While the key's job is active on a queue whose policy is ``exclusive``, neither can be done: as a refused send it
+        gives that job, and ``created`` is False.
+        """
         encoded = declared(queue).encode(data)
         text(key, "key", at_most=KEY_MAX)
         plain = plain_options({"priority": priority, "delay": delay})
