@@ -49,8 +49,9 @@ class Schedule:
         Schedule("30 3 * * MON-FRI", timezone="Europe/Berlin", data=Report("daily"))
         Schedule(every=timedelta(minutes=5), name="poll", missed="skip")
 
-    A cron rule has five fields, or six with the second first. Where clocks change, one with a fixed minute and hour fires
-    once a day: at the end of a gap, and at the first of two equal times. Firings of ``every`` are the multiples of it since
+    A cron rule has five fields, or six with the second first. Where clocks change, one of five with a fixed minute and hour
+    fires once a day: at the end of a gap, and at the first of two equal times. One of six goes by the clock that there is:
+    not at a time in a gap, and at both of two equal times. Firings of ``every`` are the multiples of it since
     1970-01-01 00:00 UTC, so 3600 is each full hour.
 
     Raises ``InvalidOption`` when it is made: a rule that is not one or never fires, a time zone that is not known here,
