@@ -173,20 +173,34 @@ as $$
 declare
     of constant text := 'queue ' || (check_rules.wanted).name || ': ';
     w constant notifyq.queue := check_rules.wanted;
+    wrong record;
 begin
     if w.policy not in ('standard', 'short', 'singleton', 'stately', 'exclusive', 'ordered') then
         raise exception '%', of || quote_literal(w.policy) || ' is not a policy' using errcode = 'NQ003',
             hint = 'Policies are standard, short, singleton, stately, exclusive and ordered.';
     end if;
-    if least(w.key_limit, w.active_limit, w.rate_limit, w.key_rate_limit) < 1 then
-        raise exception '%', of || 'a limit must be 1 or more' using errcode = 'NQ003', hint = 'Leave it null for no limit, or pause the queue.';
+    select l.name, l.value into wrong
+    from (values ('key_limit', w.key_limit), ('active_limit', w.active_limit), ('rate_limit', w.rate_limit), ('key_rate_limit', w.key_rate_limit)) l (name, value)
+    where l.value < 1
+    limit 1;
+    if found then
+        raise exception '%', of || wrong.name || ' must be 1 or more, not ' || wrong.value
+        using errcode = 'NQ003', hint = 'Leave it null for no limit, or pause the queue.';
     end if;
     if (w.rate_limit is null) <> (w.rate_period is null) or (w.key_rate_limit is null) <> (w.key_rate_period is null) then
         raise exception '%', of || 'a rate limit and its period go together' using errcode = 'NQ003',
             hint = 'rate_limit starts per rate_period, key_rate_limit starts of one key per key_rate_period.';
     end if;
-    if least(w.rate_period, w.key_rate_period) < '10 milliseconds' or greatest(w.rate_period, w.key_rate_period) > '1 year' then
-        raise exception '%', of || 'the period of a rate must be from 10 milliseconds to a year' using errcode = 'NQ003';
+    select p.name, p.value, p.shortest, p.longest into wrong
+    from (
+        values ('rate_period', w.rate_period, '10 milliseconds', '1 year'),
+            ('key_rate_period', w.key_rate_period, '10 milliseconds', '1 year'),
+            ('ageing', w.ageing, '1 millisecond', '1 day')
+    ) p (name, value, shortest, longest)
+    where p.value not between p.shortest::interval and p.longest::interval
+    limit 1;
+    if found then
+        raise exception '%', of || format('%s must be from %s to %s, not %s', wrong.name, wrong.shortest, wrong.longest, wrong.value) using errcode = 'NQ003';
     end if;
     if w.key_limit is not null and w.policy in ('singleton', 'stately', 'ordered') then
         raise exception '%', of || 'policy ' || w.policy || ' is a key_limit of 1' using errcode = 'NQ003', hint = 'Give one of them.';
@@ -197,6 +211,13 @@ begin
     if w.policy = 'ordered' and (w.fair or w.key_rate_limit is not null and w.ageing is not null) then
         raise exception '%', of || 'the policy ordered goes neither with fair nor with a key_rate_limit and ageing' using errcode = 'NQ003',
             hint = 'They give a job that waits another place in line, before or behind others of its key. Of an ordered key one job is active at a time as it is.';
+    end if;
+    if w.policy = 'ordered' and (check_rules.standing).policy <> 'ordered' and (
+        exists (select from notifyq.schedule s where s.queue = w.number)
+        or exists (select from notifyq.subscription s where s.queue = w.number)
+    ) then
+        raise exception '%', of || 'it has schedules or subscriptions, whose jobs have no key to be ordered by' using errcode = 'NQ003',
+            hint = 'Remove them first: notifyq.unschedule(), notifyq.unsubscribe().';
     end if;
     if w.policy <> (check_rules.standing).policy and (
         exists (select from notifyq.ready t where t.queue = w.number)
@@ -234,8 +255,8 @@ begin
             wanted.rate_limit, wanted.rate_period, wanted.key_rate_limit, wanted.key_rate_period, wanted.fair, wanted.ageing)
     where q.name = update_queue.name;
     perform notifyq.apply_rules(standing);
-    if update_queue.options ? 'dead_letter' then
-        perform notifyq.tell_queues(); -- patterns do not serve dead-letter queues
+    if update_queue.options ? 'dead_letter' or wanted.fair <> standing.fair then
+        perform notifyq.tell_queues(); -- patterns do not serve dead-letter queues; a runtime has keys take turns itself, too
     end if;
 exception when check_violation or not_null_violation then
     raise exception 'an option of queue % is out of its range: %', update_queue.name, update_queue.options
@@ -310,6 +331,26 @@ begin
         where a.queue = q.number
         and j.id = a.job
         and a.key is null;
+    end if;
+    if (q.key_rate_limit, q.key_rate_period) is distinct from (was.key_rate_limit, was.key_rate_period) then
+        -- What rests until the rate of its key lets it start is looked at again; the gate has it rest anew if it has to.
+        -- One that is put off or waits for another attempt is due at a moment of its own.
+        with gone as (
+            delete from notifyq.scheduled s
+            using notifyq.key k
+            where k.queue = q.number
+            and s.job = k.turn
+            and s.due_at = notifyq.rate_next(k.starts, was.key_rate_period, clock_timestamp())
+            returning s.job, s.attempt
+        )
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select q.number, notifyq.line_priority(j.priority, q.ageing),
+            case when g.attempt = 0 and q.ageing is null then g.job else notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing) end,
+            g.job, g.attempt
+        from gone g
+        join notifyq.job j on j.id = g.job
+        order by g.job;
+        update notifyq.key k set turn = null where k.queue = q.number and k.turn is not null;
     end if;
     -- Counted anew: what was active before there was a gate, or while another limit held, counts. Starts
     -- that a rate has counted stay counted while its period is the same.

@@ -199,7 +199,8 @@ end
 $$;
 
 -- Edits the job of a key that waits, or sends one, atomically: of two calls with a key that no job
--- has, one sends and the other edits. Raises as update_job() and send(), and NQ006 (isolation level).
+-- has, one sends and the other edits. Of a queue with the policy 'exclusive' whose job of this key is active
+-- it does neither, as send(): not created, and id is the active job. Raises as update_job() and send(), and NQ006 (isolation level).
 create or replace function notifyq.upsert(
     queue text,
     key text,
@@ -213,6 +214,8 @@ create or replace function notifyq.upsert(
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    refused_by bigint;
 begin
     if current_setting('transaction_isolation') = 'repeatable read' then
         raise exception 'upsert does not work in REPEATABLE READ transactions: another''s job would not be seen'
@@ -222,12 +225,19 @@ begin
         raise exception 'upsert needs a key' using errcode = 'NQ003', hint = 'It edits the job of this key that waits, or sends one.';
     end if;
     perform pg_advisory_xact_lock(notifyq.lock_class('upsert'), hashtext((notifyq.queue_named(upsert.queue)).number || ':' || upsert.key));
-    upsert.id := notifyq.update_job(queue => upsert.queue, key => upsert.key, data => upsert.data, priority => upsert.priority,
-        delay => upsert.delay, due_at => upsert.due_at);
-    upsert.created := upsert.id is null;
-    if upsert.created then
+    loop
+        upsert.id := notifyq.update_job(queue => upsert.queue, key => upsert.key, data => upsert.data, priority => upsert.priority,
+            delay => upsert.delay, due_at => upsert.due_at);
+        upsert.created := upsert.id is null;
+        exit when not upsert.created;
         select s.id, s.created into upsert.id, upsert.created
         from notifyq.try_send(upsert.queue, upsert.data, key => upsert.key, priority => upsert.priority, delay => upsert.delay, due_at => upsert.due_at) s;
-    end if;
+        -- Refused by the policy: what a send has made meanwhile can be edited; if it has gone, there is room for another.
+        exit when upsert.created
+            or notifyq.edit(upsert.id, upsert.data, upsert.priority, upsert.delay, upsert.due_at)
+            or upsert.id = refused_by
+            or exists (select from notifyq.active a where a.job = upsert.id);
+        refused_by := upsert.id;
+    end loop;
 end
 $$;

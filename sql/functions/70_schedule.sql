@@ -215,6 +215,10 @@ declare
     same_rule boolean;
     first_at timestamptz := notifyq.next_multiple(put_schedule.every, clock_timestamp());
 begin
+    if (put_schedule.queue).policy = 'ordered' then
+        raise exception 'queue % is ordered by key, and the jobs of a schedule have none', (put_schedule.queue).name
+        using errcode = 'NQ003', hint = 'Give the schedule to another queue, whose worker sends to this one with a key.';
+    end if;
     perform notifyq.data_fits(put_schedule.data, put_schedule.queue);
     loop
         insert into notifyq.schedule (queue, name, cron, every, timezone, missed, headers, data, declared, next_at)

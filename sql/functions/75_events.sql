@@ -20,10 +20,16 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+    q constant notifyq.queue := notifyq.queue_named(subscribe.queue);
 begin
     perform notifyq.check_event(subscribe.event);
+    if q.policy = 'ordered' then
+        raise exception 'queue % is ordered by key, and the jobs of an event have none', q.name
+        using errcode = 'NQ003', hint = 'Subscribe another queue, whose worker sends to this one with a key.';
+    end if;
     insert into notifyq.subscription (event, queue)
-    values (subscribe.event, (notifyq.queue_named(subscribe.queue)).number)
+    values (subscribe.event, q.number)
     on conflict do nothing;
     return found;
 end

@@ -24,6 +24,7 @@ class Served:
 
     name: str
     paused: bool
+    fair: bool
     info: QueueInfo
 
 

@@ -184,7 +184,8 @@ def redrive(
     moved = target.ask(
         lambda nq: nq.redrive(queue, source=source, error_type=error_type, how_many=limit, preview=dry_run)
     )
-    show([{"id": old, "queue": to, "new_id": new} for old, to, new in moved], as_json, "redriven")
+    title = "dead letters" if dry_run or not moved else "redriven"
+    show([{"id": old, "queue": to, "new_id": new} for old, to, new in moved], as_json, title)
 
 
 def _listed(jobs: Iterable[int]) -> str:

@@ -76,7 +76,7 @@ class Client(Planner):
         text = declared(queue).encode(data)
         async with self._on(connection) as on:
             job_id, created = await self._store.send(on, queue.name, text, options)
-        return Sent(job_id, created, queue)
+        return Sent(job_id, created, queue, schema=self.schema)
 
     async def send_many(
         self,
@@ -96,7 +96,7 @@ class Client(Planner):
         ]
         async with self._on(connection) as on:
             rows = await self._store.send_many(on, queue.name, entries)
-        return [Sent(job_id, created, queue) for job_id, created in rows]
+        return [Sent(job_id, created, queue, schema=self.schema) for job_id, created in rows]
 
     # look
 
@@ -111,7 +111,7 @@ class Client(Planner):
         if not isinstance(flow, Flow):
             raise InvalidOption(f"send_flow takes a notifyq.Flow, not {shown(flow)}")
         async with self._on(connection) as on:
-            return flow.sent(await self._store.flows.send_flow(on, flow.as_json()))
+            return flow.sent(await self._store.flows.send_flow(on, flow.as_json(self.schema)), self.schema)
 
     async def upsert(
         self,
@@ -124,7 +124,11 @@ class Client(Planner):
         delay: float | timedelta | datetime | None = None,
         connection: TrioConnection | None = None,
     ) -> Sent[Out]:
-        """Edit the job of this key that waits, or send one, atomically; ``created`` says which. Raises as ``send``."""
+        """Edit the job of this key that waits, or send one, atomically; ``created`` says which. Raises as ``send``.
+
+        While the key's job is active on a queue whose policy is ``exclusive``, neither can be done: as a refused send it
+        gives that job, and ``created`` is False.
+        """
         encoded = declared(queue).encode(data)
         text(key, "key", at_most=KEY_MAX)
         plain = plain_options({"priority": priority, "delay": delay})
@@ -132,12 +136,12 @@ class Client(Planner):
             job, created = await self._store.flows.upsert(
                 on, queue.name, key, encoded, priority, plain.get("delay"), plain.get("due_at")
             )
-        return Sent(job, created, queue)
+        return Sent(job, created, queue, schema=self.schema)
 
     async def get(self, job: Sent[Any] | int) -> JobRecord:
         """Look at a job in any state. Raises ``JobNotFound``; ``InvalidData`` if Python cannot read what SQL has stored."""
         self._check_open()
-        return await self._results.look(job_id(job))
+        return await self._results.look(job_id(job, self.schema))
 
     @overload
     async def result(self, job: Sent[T]) -> T: ...

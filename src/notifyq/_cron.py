@@ -48,7 +48,7 @@ class Cron:
                     return at
         except (CronSimError, OverflowError):
             pass
-        raise InvalidOption(f"cron rule {shown(self.text, 200)} never fires: look at its day, month and weekday")
+        raise _never_fires(self.text)
 
 
 @attrs.frozen
@@ -99,8 +99,24 @@ def _checked(cron: object) -> str:
     try:
         CronSim(cron, EPOCH)
     except (CronSimError, AssertionError, ValueError) as error:
+        if "day-of-month" in str(error) and _is_rule_in_january(cron):
+            raise _never_fires(cron) from None
         raise InvalidOption(f"not a cron rule: {cron!r}: {error} (a rule has {shape})") from None
     return cron
+
+
+def _is_rule_in_january(cron: str) -> bool:
+    """Whether it is one with its month replaced by one that has all days: then its days are only not in its own."""
+    *others, _, weekday = cron.split()
+    try:
+        CronSim(" ".join((*others, "1", weekday)), EPOCH)
+    except (CronSimError, AssertionError, ValueError):
+        return False
+    return True
+
+
+def _never_fires(cron: str) -> InvalidOption:
+    return InvalidOption(f"cron rule {shown(cron, 200)} never fires: look at its day, month and weekday")
 
 
 def zone_named(name: object) -> ZoneInfo:

@@ -42,6 +42,7 @@ class Flow:
     def __init__(self) -> None:
         self._entries: list[str] = []
         self._steps: dict[str, Step[Any]] = {}
+        self._parents: list[tuple[str, Sent[Any]]] = []
 
     def add(
         self,
@@ -81,9 +82,11 @@ class Flow:
                 raise InvalidOption(f"{where}: a job of a flow can't have {option}: send it by itself")
         if not isinstance(after, Iterable) or isinstance(after, str | bytes):
             raise InvalidOption(f"{where}: after must be a list of jobs, not {shown(after)}")
+        after = list(after)
         parents = [self._parent(parent, where) for parent in after]
         self._entries.append(flow_entry(name, queue.name, queue.encode(data), parents, on_failure, options))
         self._steps[name] = step = Step(name, queue)
+        self._parents += [(where, parent) for parent in after if isinstance(parent, Sent)]
         return step
 
     def _parent(self, parent: Step[Any] | Sent[Any] | int, where: str) -> str | int:
@@ -98,13 +101,18 @@ class Flow:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def as_json(self) -> str:
-        """The array that ``notifyq.send_flow()`` takes."""
+    def as_json(self, schema: str) -> str:
+        """The array that ``notifyq.send_flow()`` takes. Raises ``InvalidOption`` for a job before it of another schema."""
+        for where, parent in self._parents:
+            try:
+                parent.id_in(schema)
+            except InvalidOption as error:
+                raise InvalidOption(f"{where}: it comes after one that is not here: {error}") from None
         return f"[{','.join(self._entries)}]"
 
-    def sent(self, ids: dict[str, int]) -> SentFlow:
+    def sent(self, ids: dict[str, int], schema: str) -> SentFlow:
         """What was sent, by the ids that the server gave."""
-        return SentFlow({name: Sent(ids[name], True, step.queue) for name, step in self._steps.items()})
+        return SentFlow({name: Sent(ids[name], True, step.queue, schema=schema) for name, step in self._steps.items()})
 
 
 @attrs.frozen

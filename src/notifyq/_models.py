@@ -97,6 +97,17 @@ class Sent(Generic[OutCo]):
     """False: the ``id_key`` or, by the queue's policy, a throttle or a debounce, the ``key`` was taken; ``id`` is the job
     that has it."""
     queue: Queue[Any, OutCo] = attrs.field(repr=lambda queue: repr(queue.name), eq=False)
+    schema: str | None = attrs.field(default=None, repr=False, kw_only=True)
+    """Of the installation that it was sent to: in another one its id is another job's."""
+
+    def id_in(self, schema: str) -> int:
+        """Its id. Raises ``InvalidOption`` if that means another job, or none, in this schema."""
+        if self.schema not in (None, schema):
+            raise InvalidOption(
+                f"job {self.id} was sent to schema {self.schema!r}, and this is schema {schema!r}, where its id is"
+                " another's: use a client of its own"
+            )
+        return self.id
 
 
 class JobHandle(Protocol):

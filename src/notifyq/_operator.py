@@ -65,6 +65,9 @@ class Operator:
     def _on(self, connection: TrioConnection | None) -> AbstractAsyncContextManager[TrioConnection]:
         return self.connection() if connection is None else nullcontext(connection)
 
+    def _ids(self, jobs: Sequence[Sent[Any] | int]) -> list[int]:
+        return [job_id(job, self.schema) for job in jobs]
+
     # queues
 
     async def create_queue(self, queue: ANY) -> str:
@@ -153,12 +156,12 @@ class Operator:
     async def parents(self, job: Sent[Any] | int) -> list[Parent]:
         """The jobs that a job came after in its flow, with their outputs."""
         async with self.connection() as connection:
-            return await self._store.flows.parents(connection, job_id(job))
+            return await self._store.flows.parents(connection, job_id(job, self.schema))
 
     async def flow(self, job: Sent[Any] | int) -> list[FlowJob]:
         """All jobs of the flow that a job belongs to; none if it belongs to none."""
         async with self.connection() as connection:
-            return await self._store.flows.flow(connection, job_id(job))
+            return await self._store.flows.flow(connection, job_id(job, self.schema))
 
     # operate
 
@@ -207,7 +210,7 @@ class Operator:
         async with self._on(connection) as on:
             return await self._store.flows.update_job(
                 on,
-                None if job is None else job_id(job),
+                None if job is None else job_id(job, self.schema),
                 None if queue is None else queue_name(queue),
                 key,
                 id_key,
@@ -220,22 +223,22 @@ class Operator:
     async def cancel(self, *jobs: Sent[Any] | int) -> list[int]:
         """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.operate(connection, "cancel", _ids(jobs))
+            return await self._store.operate(connection, "cancel", self._ids(jobs))
 
     async def retry(self, *jobs: Sent[Any] | int) -> list[int]:
         """Give failed jobs one more attempt, at once. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.operate(connection, "retry", _ids(jobs))
+            return await self._store.operate(connection, "retry", self._ids(jobs))
 
     async def resume(self, *jobs: Sent[Any] | int) -> list[int]:
         """Put cancelled jobs back in line. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.operate(connection, "resume", _ids(jobs))
+            return await self._store.operate(connection, "resume", self._ids(jobs))
 
     async def delete(self, *jobs: Sent[Any] | int) -> list[int]:
         """Delete jobs in any state. Returns the ids affected."""
         async with self.connection() as connection:
-            return await self._store.operate(connection, "delete", _ids(jobs))
+            return await self._store.operate(connection, "delete", self._ids(jobs))
 
     async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
         """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""
@@ -283,9 +286,5 @@ def queue_name(queue: ANY | str) -> str:
     return text(queue, "queue") if isinstance(queue, str) else declared(queue).name
 
 
-def job_id(job: Sent[Any] | int) -> int:
-    return whole(job.id if isinstance(job, Sent) else job, "a job's id", 1, 2**63 - 1)
-
-
-def _ids(jobs: Sequence[Sent[Any] | int]) -> list[int]:
-    return [job_id(job) for job in jobs]
+def job_id(job: Sent[Any] | int, schema: str) -> int:
+    return whole(job.id_in(schema) if isinstance(job, Sent) else job, "a job's id", 1, 2**63 - 1)

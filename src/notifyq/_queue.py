@@ -134,7 +134,7 @@ class Queue(Generic[In, Out]):
         if not self.is_pattern:
             check_name(name, "queue name")
         check_options(options, _OPTIONS, f"queue {name!r}")
-        self.schedules = distinct(schedules, name)
+        self.schedules = distinct(schedules, name, options.get("policy"))
         if self.is_pattern and (options or self.schedules):
             given = ", ".join(options) or "schedules"
             raise InvalidOption(f"queue {name!r} is a pattern: give {given} to the queues when you create them")
@@ -341,8 +341,8 @@ def _plain_option(name: str, value: Any) -> Any:
 
 
 def _period(name: str, value: Any) -> float:
-    least, most = (0.001, 86_400.0) if name == "ageing" else (0.01, YEAR)
+    least, most, of = (0.001, 86_400.0, "day") if name == "ageing" else (0.01, YEAR, "year")
     number = seconds(value, name)
     if not least <= number <= most:
-        raise InvalidOption(f"{name} must be from {least:g} to {most:g} seconds, not {value!r}")
+        raise InvalidOption(f"{name} must be from {least:g} seconds to a {of}, not {value!r}")
     return number

@@ -1,7 +1,7 @@
 """The queues that a runtime serves right now: those it names, and those that match its patterns.
 
-Whether a queue was made, deleted, paused or resumed is told on the control channel, and by the beat if that was lost; then
-one statement says what there is. A worker is started for each queue that is new, and ended for one that has gone.
+Whether a queue was made, deleted, paused, resumed or made fair is told on the control channel, and by the beat if that was
+lost; then one statement says what there is. A worker is started for each queue that is new, and ended for one that has gone.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Roster:
         added = []
         for number, one in found.items():
             if number in self._serving:
-                self._serving[number].claimer.pause(one.paused)
+                self._tell(number, one)
             else:
                 added.append(self._add(one))
         if added:
@@ -175,9 +175,14 @@ class Roster:
             queue = next(each for each in self._patterns if each.serves(one.name)).named(one.name)
         worker = self._make(queue, one.info)
         self._serving[one.info.number] = worker
-        worker.claimer.pause(one.paused)
+        self._tell(one.info.number, one)
         self._listener.add_channel(one.info.channel, worker.claimer.heard)
         return worker
+
+    def _tell(self, number: int, one: Served) -> None:
+        claimer = self._serving[number].claimer
+        claimer.hands.shelf.fair = one.fair
+        claimer.pause(one.paused)
 
     async def _start(self, running: trio.Nursery, workers: Iterable[QueueWorker]) -> None:
         # A worker that is stopped half-started would be waited for in vain.

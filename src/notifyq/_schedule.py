@@ -49,8 +49,9 @@ class Schedule:
         Schedule("30 3 * * MON-FRI", timezone="Europe/Berlin", data=Report("daily"))
         Schedule(every=timedelta(minutes=5), name="poll", missed="skip")
 
-    A cron rule has five fields, or six with the second first. Where clocks change, one with a fixed minute and hour fires
-    once a day: at the end of a gap, and at the first of two equal times. Firings of ``every`` are the multiples of it since
+    A cron rule has five fields, or six with the second first. Where clocks change, one of five with a fixed minute and hour
+    fires once a day: at the end of a gap, and at the first of two equal times. One of six goes by the clock that there is:
+    not at a time in a gap, and at both of two equal times. Firings of ``every`` are the multiples of it since
     1970-01-01 00:00 UTC, so 3600 is each full hour.
 
     Raises ``InvalidOption`` when it is made: a rule that is not one or never fires, a time zone that is not known here,
@@ -108,7 +109,7 @@ def firings(rule: Rule, after: datetime) -> Iterator[datetime]:
         yield after.astimezone(zone)
 
 
-def distinct(schedules: Any, queue: str) -> tuple[Schedule, ...]:
+def distinct(schedules: Any, queue: str, policy: str | None = None) -> tuple[Schedule, ...]:
     """The schedules declared with a queue. Raises ``InvalidOption`` unless they are that, with names of their own."""
     if isinstance(schedules, str | Schedule) or not hasattr(schedules, "__iter__"):
         raise InvalidOption(f"queue {queue!r}: schedules must be a sequence of Schedules, not {shown(schedules)}")
@@ -120,6 +121,11 @@ def distinct(schedules: Any, queue: str) -> tuple[Schedule, ...]:
         if schedule.name in names:
             raise InvalidOption(f"queue {queue!r}: two schedules are named {schedule.name!r}: give each a name=")
         names.add(schedule.name)
+    if found and policy == "ordered":
+        raise InvalidOption(
+            f"queue {queue!r} is ordered by key, and the jobs of a schedule have none:"
+            " give the schedule to another queue, whose worker sends to this one with a key"
+        )
     return found
 
 

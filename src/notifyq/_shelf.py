@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable
 
     from ._answers import Claimed
 
@@ -24,6 +24,8 @@ class Shelf:
     """A queue of jobs, in order, with those who wait for one."""
 
     def __init__(self) -> None:
+        self.fair = False
+        """Keys take turns here, too: a job waits for one of each other key, and not for all that were claimed before it."""
         self._jobs: deque[Claimed] = deque()
         self._takers = trio.lowlevel.ParkingLot()
 
@@ -38,6 +40,8 @@ class Shelf:
     def put(self, jobs: list[Claimed]) -> None:
         """Add jobs and wake as many takers."""
         self._jobs.extend(jobs)
+        if self.fair:
+            self._jobs = _in_turns(self._jobs)
         self._takers.unpark(count=len(jobs))
 
     async def take(self, how_many: int) -> list[Claimed]:
@@ -72,3 +76,13 @@ class Shelf:
         # While there are takers, what is here is about to be taken.
         waits = self._jobs and not self._takers
         return self._jobs[0].claimed_at + STALE_SECONDS if waits else math.inf
+
+
+def _in_turns(jobs: Iterable[Claimed]) -> deque[Claimed]:
+    """Of each priority, the first job of each key, then the second ones, and so on; the highest priority first."""
+    turns: Counter[tuple[int, str | None]] = Counter()
+    places = []
+    for place, job in enumerate(jobs):
+        turn = turns[job.priority, job.key] = turns[job.priority, job.key] + 1
+        places.append((-job.priority, turn, place, job))
+    return deque(job for *_, job in sorted(places))

@@ -65,8 +65,10 @@ async def test_a_job_from_send_to_delete(notifyq, nq):
     assert "broken" in (await notifyq("jobs", "--queue", "q"))[1]
     [redriven] = json.loads((await notifyq("redrive", "dead", "--dry-run", "--json"))[1])
     assert redriven["new_id"] is None
+    assert "redriven" not in (await notifyq("redrive", "dead", "--dry-run"))[1]
     [redriven] = json.loads((await notifyq("redrive", "dead", "--json"))[1])
     assert redriven["queue"] == "q"
+    assert (await notifyq("redrive", "dead"))[:2] == (0, "no dead letters")
     assert (await notifyq("retry", job))[:2] == (0, f"retrying: {job}")
     stats = {row["queue"]: row for row in json.loads((await notifyq("queues", "--json"))[1])}
     assert stats["q"]["ready"] == 2

@@ -7,6 +7,7 @@ import os
 import sys
 from datetime import timedelta
 
+import attrs
 import psycopg
 import pytest
 import trio
@@ -164,6 +165,43 @@ async def test_two_installations_in_one_database_do_not_meet(dsn):
 
         assert await testing.run_waiting([queue], dsn=dsn, schema="second") == {"completed": 1}
         assert await testing.sent(one, Q) == [1]
+
+
+async def test_a_job_that_was_sent_to_another_schema_is_refused_though_its_id_is_a_jobs_here(dsn):
+    async with notifyq.connect(dsn) as nq, notifyq.connect(dsn, schema="second") as two:
+        await nq.create_queue(Q)
+        await two.create_queue(Q)
+        ours = await nq.send(Q, 1)
+        theirs = attrs.evolve(await two.send(Q, 2), id=ours.id)  # each schema counts its own
+        flow = _after(theirs)
+        for call, message in (
+            (
+                lambda: nq.send_flow(flow),
+                "job 'child' of the flow: it comes after one that is not here: job .* 'second'",
+            ),
+            (lambda: nq.cancel(ours, theirs), "sent to schema 'second', and this is schema 'notifyq'"),
+            (lambda: nq.retry(theirs), "use a client of its own"),
+            (lambda: nq.resume(theirs), "schema 'second'"),
+            (lambda: nq.delete(theirs), "schema 'second'"),
+            (lambda: nq.update_job(theirs, priority=1), "schema 'second'"),
+            (lambda: nq.get(theirs), "schema 'second'"),
+            (lambda: nq.result(theirs), "schema 'second'"),
+            (lambda: nq.parents(theirs), "schema 'second'"),
+            (lambda: nq.flow(theirs), "schema 'second'"),
+        ):
+            with pytest.raises(notifyq.InvalidOption, match=message):
+                await call()
+        assert {(job.state, job.priority) for job in await nq.jobs()} == {("ready", 0)}
+        before = await two.send(Q, 1)
+        sent = await two.send_flow(_after(before))
+        assert (await two.get(sent.jobs["child"])).state == "blocked"
+        assert await two.cancel(sent.jobs["child"], before) == [before.id, sent.jobs["child"].id]
+
+
+def _after(job: notifyq.Sent[int]) -> notifyq.Flow:
+    flow = notifyq.Flow()
+    flow.add(Q, 1, name="child", after=[job])
+    return flow
 
 
 async def test_aged_jobs_become_due(nq, dsn):

@@ -199,8 +199,17 @@ async def test_a_rate_by_key_is_a_due_time_too(start, nq):
     assert running.starts[-1] - running.starts[0] > 0.8
 
 
-async def test_a_raised_limit_is_felt_at_once(start, nq):
-    queue = Queue("q", int, int, key_limit=1)
+@pytest.mark.parametrize(
+    ("rule", "others"),
+    [
+        ("key_limit", {}),
+        ("active_limit", {}),
+        ("rate_limit", {"rate_period": 3600}),
+        ("key_rate_limit", {"key_rate_period": 3600}),
+    ],
+)
+async def test_a_raised_limit_is_felt_at_once(start, nq, rule, others):
+    queue = Queue("q", int, int, **{rule: 1}, **others)
     started = trio.Event()
     go = trio.Event()
     count = 0
@@ -218,9 +227,116 @@ async def test_a_raised_limit_is_felt_at_once(start, nq):
     await nq.send_many(queue, range(3))
     await seen.wait(events.JobClaimed)
     with trio.fail_after(3):
-        await nq.update_queue(Queue("q", int, int, key_limit=3))
+        await nq.update_queue(Queue("q", int, int, **{rule: 3}))
         await started.wait()
     go.set()
+
+
+class Held:
+    """A queue whose jobs run until they are let go, in a runtime that only the bell or a due time can wake."""
+
+    def __init__(self, concurrency: int = 10, **options: Any) -> None:
+        self.queue = Queue("q", int, int, retry_limit=0, **options)
+        self.begun: list[int] = []
+        self.fails: set[int] = set()
+        self._begins = Bell()
+        self._gates: dict[int, trio.Event] = {}
+
+        @self.queue.worker(concurrency=concurrency, poll_interval=3600)
+        async def work(job: Job[int]) -> int:
+            self.begun.append(job.data)
+            self._begins.ring()
+            if job.data in self.fails:
+                raise RuntimeError(f"{job.data} was to fail")
+            await self._gates.setdefault(job.data, trio.Event()).wait()
+            return job.data
+
+    async def wait_begun(self, *numbers: int) -> None:
+        with trio.fail_after(3):
+            while self.begun != [*numbers]:
+                self._begins.clear()
+                await self._begins.wait()
+
+    def let_go(self, *numbers: int) -> None:
+        for number in numbers:
+            self._gates.setdefault(number, trio.Event()).set()
+
+
+async def test_of_a_short_key_one_waits_and_starts_when_a_slot_is_free_and_makes_room_for_another(start, nq):
+    held = Held(concurrency=1, policy="short")
+    await start(held.queue, lease=3600)
+    await nq.send(held.queue, 1, key="k")
+    await held.wait_begun(1)
+    waits = await nq.send(held.queue, 2, key="k")
+    refused = await nq.send(held.queue, 3, key="k")
+    assert (waits.created, refused.created, refused.id) == (True, False, waits.id)
+    held.let_go(1)
+    await held.wait_begun(1, 2)
+    assert (await nq.send(held.queue, 4, key="k")).created
+    held.let_go(2, 4)
+    await held.wait_begun(1, 2, 4)
+
+
+async def test_of_a_stately_key_one_waits_for_the_one_that_runs_and_starts_at_its_end(start, nq):
+    held = Held(policy="stately")
+    await start(held.queue, lease=3600)
+    await nq.send(held.queue, 1, key="k")
+    await held.wait_begun(1)
+    waits = await nq.send(held.queue, 2, key="k")
+    refused = await nq.send(held.queue, 3, key="k")
+    assert (waits.created, refused.created, refused.id) == (True, False, waits.id)
+    await nq.send(held.queue, 4, key="other")
+    await held.wait_begun(1, 4)
+    assert (await nq.get(waits)).state == "blocked"
+    held.let_go(1)
+    await held.wait_begun(1, 4, 2)
+    held.let_go(2, 4)
+
+
+@pytest.mark.parametrize("goes", [True, False], ids=["deleted", "retried"])
+async def test_what_is_behind_a_failed_head_starts_when_that_is_deleted_or_has_completed(start, nq, goes):
+    held = Held(policy="ordered")
+    seen = await start(held.queue, lease=3600)
+    held.fails = {1}
+    head = await nq.send(held.queue, 1, key="k")
+    await nq.send(held.queue, 2, key="k")
+    await nq.send(held.queue, 3, key="other")
+    await seen.wait(events.JobFailed)
+    await held.wait_begun(1, 3)
+    held.fails = set()
+    held.let_go(1, 2, 3)
+    assert await (nq.delete if goes else nq.retry)(head) == [head.id]
+    await held.wait_begun(*((1, 3, 2) if goes else (1, 3, 1, 2)))
+
+
+async def test_a_throttled_job_starts_at_once_and_the_next_of_its_slot_names_it(start, nq):
+    held = Held()
+    await start(held.queue, lease=3600)
+    held.let_go(1)
+    year = 86_400 * 360
+    first = await nq.send(held.queue, 1, key="k", throttle=year)
+    with trio.fail_after(3):
+        assert await nq.result(first) == 1
+    again = await nq.send(held.queue, 2, key="k", throttle=year)
+    assert (again.created, again.id) == (False, first.id)
+    await nq.send(held.queue, 3, key="other", throttle=year)
+    await held.wait_begun(1, 3)
+    held.let_go(3)
+
+
+async def test_a_child_that_waits_for_its_failed_parent_starts_when_that_is_retried(start, nq):
+    held = Held()
+    seen = await start(held.queue, lease=3600)
+    held.fails = {1}
+    flow = notifyq.Flow()
+    parent = flow.add(held.queue, 1)
+    flow.add(held.queue, 2, after=[parent], on_failure="wait")
+    sent = await nq.send_flow(flow)
+    await seen.wait(events.JobFailed)
+    held.fails = set()
+    held.let_go(1, 2)
+    assert await nq.retry(sent[parent]) == [sent[parent].id]
+    await held.wait_begun(1, 1, 2)
 
 
 async def test_one_tenants_jobs_do_not_delay_anothers(start, nq):
@@ -233,6 +349,41 @@ async def test_one_tenants_jobs_do_not_delay_anothers(start, nq):
     with trio.fail_after(30):
         await nq.result(one)
     assert [number for _, number in running.order].index(-1) < 100
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["from the start", "from a change on"])
+async def test_a_job_of_a_fair_queue_does_not_wait_for_what_its_process_has_claimed_of_another_key(start, nq, at_first):
+    queue = Queue("q", int, int, fair=True)
+    order: list[str] = []
+    begun_before: dict[int, int] = {}
+
+    @queue.worker(concurrency=2, poll_interval=3600)
+    async def work(job: Job[int]) -> int:
+        order.append(job.key or "")
+        await trio.sleep(0.005)
+        return job.data
+
+    def note(event: events.JobClaimed) -> None:
+        begun_before[event.job_id] = len(order)
+
+    await nq.create_queue(Queue("q", int, int, fair=at_first))
+    await nq.send_many(queue, [notifyq.NewJob(number, {"key": "many"}) for number in range(20_000)])
+    seen = await start(queue, lease=3600)
+    seen.runtime.subscribe(note, events.JobClaimed)
+    while len(order) < 200:  # from then on it claims ahead
+        await trio.sleep(0.005)
+    if not at_first:
+        await nq.update_queue(queue)
+    in_turn = number = 0
+    with trio.fail_after(20):
+        while in_turn < 5:
+            number += 1
+            sent = await nq.send(queue, -1, key=f"one {number}")
+            await nq.result(sent)
+            # one of the other key's that has its turn, and what the slots had taken and not begun
+            waited = order.index(f"one {number}") - begun_before[sent.id]
+            in_turn = in_turn + 1 if waited <= 3 else 0
+            assert in_turn or not at_first, waited
 
 
 async def test_a_flow_runs_in_order_and_children_read_their_parents(start, nq):
@@ -308,10 +459,11 @@ async def test_upsert_and_update_job_wake_a_worker(start, nq):
         ({"key_limit": 0}, "key_limit must be an int"),
         ({"active_limit": 1.5}, "active_limit must be an int"),
         ({"rate_limit": -1, "rate_period": 1}, "rate_limit must be an int"),
-        ({"rate_limit": 1, "rate_period": 0}, "rate_period must be from 0.01"),
-        ({"key_rate_limit": 1, "key_rate_period": 1e9}, "key_rate_period must be from 0.01"),
-        ({"ageing": 0}, "ageing must be from 0.001"),
+        ({"rate_limit": 1, "rate_period": 0}, "rate_period must be from 0.01 seconds to a year, not 0"),
+        ({"key_rate_limit": 1, "key_rate_period": 1e9}, "key_rate_period must be from 0.01 seconds to a year"),
+        ({"ageing": 0}, "ageing must be from 0.001 seconds to a day"),
         ({"fair": 1}, "fair must be True or False"),
+        ({"policy": "ordered", "schedules": [notifyq.Schedule(every=1)]}, "the jobs of a schedule have none: give"),
     ],
 )
 async def test_rules_that_cannot_be_are_refused_where_the_queue_is_declared(options, message):

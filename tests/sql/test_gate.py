@@ -645,18 +645,20 @@ async def test_refused_sends_leave_nothing_behind(line, ask):
     ("options", "message"),
     [
         ({"policy": "fifo"}, "'fifo' is not a policy"),
-        ({"key_limit": 0}, "limit must be 1 or more"),
-        ({"active_limit": -1}, "limit must be 1 or more"),
-        ({"rate_limit": 0, "rate_period": 1}, "limit must be 1 or more"),
+        ({"key_limit": 0}, "queue q: key_limit must be 1 or more, not 0"),
+        ({"active_limit": -1}, "queue q: active_limit must be 1 or more, not -1"),
+        ({"rate_limit": 0, "rate_period": 1}, " rate_limit must be 1 or more, not 0"),
+        ({"key_rate_limit": -1, "key_rate_period": 1}, "key_rate_limit must be 1 or more, not -1"),
         ({"rate_limit": 5}, "go together"),
         ({"key_rate_period": 5}, "go together"),
-        ({"rate_limit": 5, "rate_period": 0}, "period of a rate"),
-        ({"rate_limit": 5, "rate_period": -1}, "period of a rate"),
+        ({"rate_limit": 5, "rate_period": 0}, " rate_period must be from 10 milliseconds to 1 year, not 00:00:00"),
+        ({"rate_limit": 5, "rate_period": -1}, " rate_period must be from 10 milliseconds to 1 year, not -00:00:01"),
+        ({"key_rate_limit": 5, "key_rate_period": 1e9}, "key_rate_period must be from 10 milliseconds to 1 year"),
         ({"policy": "singleton", "key_limit": 2}, "is a key_limit of 1"),
         ({"fair": True, "ageing": 1}, "exclude each other"),
         ({"policy": "ordered", "fair": True}, "ordered goes neither with fair nor with"),
         ({"policy": "ordered", "ageing": 1, "key_rate_limit": 1, "key_rate_period": 1}, "ordered goes neither with"),
-        ({"ageing": 0}, "out of its range"),
+        ({"ageing": 0}, "ageing must be from 1 millisecond to 1 day, not 00:00:00"),
     ],
 )
 async def test_rules_that_cannot_be_are_refused_in_words(line, ask, options, message):
@@ -692,6 +694,21 @@ async def test_the_policy_cannot_be_changed_while_jobs_stand(line, ask):
     await q.claim()
     await q.complete(job)
     await ask("select notifyq.update_queue('q', '{\"policy\": \"ordered\"}')")
+
+
+@pytest.mark.parametrize("thing", ["schedule('q', every => '1 hour')", "subscribe('e', 'q')"])
+async def test_what_sends_jobs_without_a_key_does_not_go_with_ordered(line, ask, thing):
+    await line()
+    await ask(f"select notifyq.{thing}")
+    with pytest.raises(psycopg.Error, match="it has schedules or subscriptions") as caught:
+        await ask("select notifyq.update_queue('q', '{\"policy\": \"ordered\"}')")
+    assert caught.value.sqlstate == "NQ003"
+    await ask("select notifyq.unschedule('q'), notifyq.unsubscribe('e', 'q')")
+    await ask("select notifyq.update_queue('q', '{\"policy\": \"ordered\"}')")
+    with pytest.raises(psycopg.Error, match=r"q is ordered by key, and the jobs of an? .* have none") as caught:
+        await ask(f"select notifyq.{thing}")
+    assert caught.value.sqlstate == "NQ003"
+    assert await ask("select 1 from notifyq.schedules") == await ask("select 1 from notifyq.subscriptions") == []
 
 
 async def test_limits_changed_while_jobs_stand_hold_from_then_on(line, ask):
@@ -850,6 +867,52 @@ async def test_the_others_of_a_key_do_not_wait_for_the_next_attempt_of_one(line,
     [c] = await q.send("k")
     assert await q.claim() == []
     assert await q.state(c) == "scheduled"
+
+
+@pytest.mark.parametrize("policy", ["standard", "ordered", "fair"])
+@pytest.mark.parametrize(
+    ("change", "then"),
+    [
+        ({"key_rate_limit": 3}, 2),
+        ({"key_rate_limit": 2}, 1),
+        ({"key_rate_limit": None, "key_rate_period": None}, 3),
+        ({"key_rate_limit": 2, "key_rate_period": 120}, 2),
+        ({"key_rate_limit": 2, "key_rate_period": 60, "priority": 1}, 1),
+        ({"priority": 1}, 0),
+    ],
+)
+async def test_what_rests_until_its_keys_rate_lets_it_start_feels_a_change_of_it(line, ask, policy, change, then):
+    q = await line(key_rate_limit=1, key_rate_period=60, **({"fair": True} if policy == "fair" else {"policy": policy}))
+    jobs = await q.send(*"kkkk")
+    assert await q.claim() == [jobs[0]]
+    await q.complete(jobs[0])
+    assert await q.claim() == []
+    assert await q.states(*jobs[1:]) == ["scheduled", "blocked", "blocked"]
+    await ask("select notifyq.update_queue('q', %s)", json.dumps(change))
+    started = []
+    for _ in range(4):
+        claimed = await q.claim()
+        started += claimed
+        await q.complete(*claimed)
+    assert len(started) == then  # a rate of another period begins anew
+    left = [job for job in jobs[1:] if job not in started]
+    assert sorted(await q.states(*left), reverse=True) == (["scheduled"] + ["blocked"] * 2)[: len(left)]
+    if policy != "fair":
+        assert started == jobs[1 : 1 + then]
+
+
+async def test_what_waits_for_another_attempt_does_not_feel_a_change_of_its_keys_rate(line, ask):
+    q = await line(key_rate_limit=1, key_rate_period=60)
+    a, b = await q.send(*"kk")
+    assert await q.claim() == [a]
+    await ask("update notifyq.key set starts = array[starts[1] - 101]")
+    await ask("update notifyq.scheduled set due_at = now()")
+    assert await q.claim() == [b]
+    await ask("select notifyq.fail(%s, 'x', retry_in => '1 minute')", b)
+    assert await ask("select turn from notifyq.key") == [(b,)]
+    await ask("select notifyq.update_queue('q', '{\"key_rate_limit\": 3}')")
+    assert await q.claim() == []
+    assert await q.state(b) == "scheduled"
 
 
 async def test_a_key_whose_rate_has_come_to_rest_is_forgotten(line, ask):

@@ -1049,6 +1049,28 @@ async def test_of_two_upserts_one_sends_and_the_other_edits(ask, race, queue, we
     await well()
 
 
+@either_end
+@pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+async def test_an_upsert_waits_for_a_send_of_its_key_and_edits_what_that_made(ask, race, queue, well, policy, commit):
+    await queue(policy=policy)
+    [(sent, _)], [(job, created)] = await race(SEND, UPSERT, commit=commit)
+    assert (job == sent, created) == (commit, not commit)
+    assert await ask("select id, data from notifyq.job") == [(job, "new")]
+    await well()
+
+
+@either_end
+async def test_an_upsert_of_a_key_whose_exclusive_job_is_ending_sends_or_leaves_that_alone(
+    ask, race, queue, send, claim, well, commit
+):
+    await queue(policy="exclusive")
+    assert (await send("k"), await claim()) == ([1], [1])
+    _, [(job, created)] = await race(complete(1), UPSERT, commit=commit)
+    assert (job != 1, created) == (commit, commit)
+    assert await ask("select data from notifyq.job") == [("new" if commit else None,)]
+    await well()
+
+
 async def test_an_upsert_that_could_not_see_another_is_refused(other, queue):
     await queue()
     await rows(other, "set default_transaction_isolation = 'repeatable read'")

@@ -80,6 +80,14 @@ def fires(cron: str, zone: str, after: str, count: int) -> list[str]:
             "2025-10-26 02:00",
             ["2025-10-26T02:30:00+02:00", "2025-10-26T02:30:00+01:00", "2025-10-26T03:30:00+01:00"],
         ),
+        # with seconds, so does each: not in a gap, and at both of two equal times
+        ("0 30 2 * * *", "Europe/Berlin", "2025-03-29 12:00", ["2025-03-31T02:30:00+02:00"]),
+        (
+            "0 30 1 * * *",
+            "America/New_York",
+            "2025-11-01 12:00",
+            ["2025-11-02T01:30:00-04:00", "2025-11-02T01:30:00-05:00", "2025-11-03T01:30:00-05:00"],
+        ),
         # leap days
         (
             "0 12 29 2 *",
@@ -165,7 +173,10 @@ def test_intervals_fire_at_their_multiples_whoever_begins_when(every, start):
         ({"cron": "0 " * 200}, "not a cron rule"),
         ({"cron": 5}, "not a cron rule"),
         ({"cron": "9" * 150 + " * * * *"}, "not a cron rule"),
-        ({"cron": "0 0 31 2 *"}, "not a cron rule|never fires"),
+        ({"cron": "0 0 31 2 *"}, r"cron rule '0 0 31 2 \*' never fires: look at its day, month and weekday"),
+        ({"cron": "5 0 0 30,31 feb *"}, "never fires"),
+        ({"cron": "0 0 32 2 *"}, "not a cron rule.*Bad day-of-month"),
+        ({"cron": "0 0 31 13 *"}, "not a cron rule.*Bad month"),
         ({"cron": "0 0 */20 * 1L"}, "never fires"),
         ({"cron": "0 3 * * *", "timezone": "Mars/Olympus"}, "no time zone named 'Mars/Olympus'"),
         ({"cron": "0 3 * * *", "timezone": ""}, "no time zone"),

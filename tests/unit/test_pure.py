@@ -26,6 +26,7 @@ from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, Looks, Rate, demand
 from notifyq._errors import NoLease
 from notifyq._schema import Installed, SqlFile, plan
+from notifyq._shelf import Shelf
 from notifyq._sql import send_parameters, send_statement
 from notifyq.events import Events
 
@@ -411,3 +412,37 @@ def test_a_job_that_is_dropped_before_it_starts_leaves_its_place_to_the_next_of_
     assert not claimer.bell.rung
     claimer.drop([1])
     assert claimer.bell.rung
+
+
+@pytest.mark.parametrize("fair", [False, True])
+async def test_on_the_shelf_of_a_fair_queue_keys_take_turns_within_a_priority(fair):
+    def put(*names: str) -> None:
+        jobs = [claimed(int(name[1:]), {"-": -1, "+": 1}.get(name[-1], 0)) for name in names]
+        for job, name in zip(jobs, names, strict=True):
+            job.key = name[0]
+        shelf.put(jobs)
+
+    async def take(how_many: int) -> list[str]:
+        return [f"{job.key}{job.id}" for job in await shelf.take(how_many)]
+
+    shelf = Shelf()
+    shelf.fair = fair
+    put("a1", "a2", "a3", "a4")
+    assert await take(1) == ["a1"]
+    put("b5", "b6", "c7", "a8", "b9")
+    assert await take(2) == (["a2", "b5"] if fair else ["a2", "a3"])
+    put("d10")
+    assert await take(20) == (
+        ["c7", "a3", "b6", "d10", "a4", "b9", "a8"] if fair else ["a4", "b5", "b6", "c7", "a8", "b9", "d10"]
+    )
+
+
+async def test_on_the_shelf_of_a_fair_queue_a_higher_priority_goes_before_anybodys_turn():
+    shelf = Shelf()
+    shelf.fair = True
+    shelf.put([claimed(1, 5), claimed(2, 5), claimed(3)])
+    other = [claimed(4), claimed(5, 5), claimed(6, -1)]
+    for job in other:
+        job.key = "other"
+    shelf.put(other)
+    assert [job.id for job in await shelf.take(9)] == [1, 5, 2, 3, 4, 6]
