@@ -136,6 +136,8 @@ def flow_tree(flow: Iterable[FlowJob], shown: int) -> Tree:
 @click.pass_obj
 def edit(target: Target, job: int, data: str | None, priority: int | None, delay: float | None, as_json: bool) -> None:
     """Edit a job that waits. Exit code 1 if it does not wait."""
+    if data is None and priority is None and delay is None:
+        raise click.UsageError("give --data, --priority or --delay")
     value = None if data is None else parsed(data)
     edited = target.ask(lambda nq: nq.update_job(job, data=value, priority=priority, delay=delay))
     show([{"id": job, "edited": edited is not None}], as_json, "edited" if edited else "it does not wait", single=True)

@@ -36,6 +36,11 @@ def _with_rule(command: Any) -> Any:
     return command
 
 
+def _check_rule(cron: str | None, every: float | None) -> None:
+    if (cron is None) == (every is None):
+        raise click.UsageError("give --cron or --every")
+
+
 @cli.group(invoke_without_command=True)
 @as_json
 @click.pass_context
@@ -82,6 +87,7 @@ def _firings(record: ScheduleRecord, count: int) -> tuple[list[datetime], str | 
 @click.pass_obj
 def add(target: Target, /, queue: str, data: str, as_json: bool, **options: Any) -> None:
     """Make or change a schedule of QUEUE."""
+    _check_rule(options["cron"], options["every"])
     schedule = Schedule(data=parsed(data), **options)
     done = target.ask(lambda nq: nq.schedule(Queue(queue), schedule))
     firings = schedule.next_firings(3)
@@ -122,6 +128,7 @@ def preview(
 ) -> None:
     """When a schedule of QUEUE, or a rule given by --cron or --every, fires next."""
     if queue is None:
+        _check_rule(cron, every)
         firings = Schedule(cron, every=every, timezone=timezone).next_firings(count)
     elif cron is not None or every is not None:
         raise click.UsageError("give QUEUE, or a rule, not both")

@@ -195,6 +195,8 @@ async def test_keys_edits_and_flows(notifyq, nq):
     assert (await notifyq("edit", str(second), "--data", "3", "--priority", "4"))[:2] == (0, "edited")
     assert (await notifyq("edit", str(first), "--data", "3"))[:2] == (1, "it does not wait")
     assert "is not JSON" in (await notifyq("edit", str(second), "--data", "{"))[2]
+    code, _, message = await notifyq("edit", str(second))
+    assert (code, "give --data, --priority or --delay" in message) == (2, True)
     record = await nq.get(second)
     assert (record.data, record.priority) == (3, 4)
     flow = Flow()
