@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .faults import Fault
 
 ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "faults.md"
+DOCS = ROOT / "docs"
 LOG_SHOWN = 4000
 """Characters of the workers' log that are shown of a run that was not good."""
 
@@ -40,7 +40,7 @@ LOG_SHOWN = 4000
 @click.option(
     "--write-docs",
     is_flag=True,
-    help="Write the table of that file into docs/faults.md, and run nothing if it is there.",
+    help="Write the table of that file into docs/guarantees.md, and run nothing if it is there.",
 )
 @click.option("--keep", is_flag=True, help="Keep the folder with the ledgers and logs.")
 def main(
@@ -56,7 +56,7 @@ def main(
     if write_docs and path is None:
         raise click.UsageError("--write-docs needs the file: --json FILE")
     if write_docs and path is not None and path.exists():
-        write_page(path)
+        write_pages(path)
         return
     # as Ctrl-C: servers, workers and mounts end with it
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -85,7 +85,7 @@ def main(
         if path is None:
             click.echo(results.markdown(entries))
         elif write_docs:
-            write_page(path)
+            write_pages(path)
     finally:
         if keep:
             click.echo(f"ledgers and logs are in {folder}", err=True)
@@ -152,17 +152,20 @@ def run_one(fault: Fault, seconds: float, seed: int, folder: Path, template: Pat
     return outcome
 
 
-def page(path: Path) -> str:
-    """The page with the table of a file in it."""
+def pages(path: Path) -> dict[Path, str]:
+    """The pages with the table of a file, and with what each fault does."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    link = os.path.relpath(path.resolve(), PAGE.parent)
-    says = {fault.name: " ".join((type(fault).__doc__ or "").split()) for fault in FAULTS}
-    return results.put_into(PAGE.read_text(encoding="utf-8"), found, link, says)
+    parts = {
+        DOCS / "guarantees.md": results.section(found, os.path.relpath(path.resolve(), DOCS)),
+        DOCS / "faults.md": results.descriptions(FAULTS),
+    }
+    return {page: results.put_into(page.read_text(encoding="utf-8"), part) for page, part in parts.items()}
 
 
-def write_page(path: Path) -> None:
-    """Put the table of a file into the page."""
-    PAGE.write_text(page(path), encoding="utf-8")
+def write_pages(path: Path) -> None:
+    """Put the table of a file into the pages."""
+    for page, text in pages(path).items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,10 +100,11 @@ class Nothing(Fault):
 
 
 class Kill(Fault):
-    """`kill -9` of a worker at a random moment; another is started in its place. Leases of 2 s."""
+    """`kill -9` of a worker at a random moment; another is started in its place. Leases of 1.5 s."""
 
     name = "kill"
-    goal = 2.5
+    lease = 1.5
+    goal = 2.0
 
     async def inflict(self, scene: Scene) -> None:
         worker = somebody(scene)

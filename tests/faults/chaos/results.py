@@ -1,4 +1,4 @@
-"""What a run leaves: a JSON file, and the table in docs/faults.md."""
+"""What a run leaves: a JSON file, and the table in docs/guarantees.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cell import Outcome
     from .faults import Fault
 
-__all__ = ["about", "as_entry", "markdown", "put_into", "write"]
+__all__ = ["about", "as_entry", "descriptions", "markdown", "put_into", "section", "write"]
 
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
 
@@ -95,13 +95,22 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def put_into(text: str, found: dict[str, Any], results: str, says: dict[str, str]) -> str:
-    """The text with the table, what it was taken with, and what each fault does, between its two marks."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the page needs one line {BEGIN} and one line {END}")
+def section(found: dict[str, Any], results: str) -> str:
+    """The table, and what it was taken with."""
     versions = found["versions"]
     taken = ", ".join(f"{name} {versions[name]}" for name in ("postgresql", "python", "psycopg", "trio"))
-    head = f"From [`{Path(results).name}`]({results}): seed {found['seed']}, {found['machine']}, {taken}.\n\n"
-    told = "".join(f"- `{name}`: {what}\n" for name, what in says.items())
+    head = f"From [`{Path(results).name}`]({results}): seed {found['seed']}, {found['machine']}, {taken}."
+    return f"{head}\n\n{markdown(found['faults'])}"
+
+
+def descriptions(faults: list[Fault]) -> str:
+    """What each fault does, as a list."""
+    return "".join(f"- `{fault.name}`: {' '.join((type(fault).__doc__ or '').split())}\n" for fault in faults)
+
+
+def put_into(text: str, part: str) -> str:
+    """The text with this part between its two marks."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the page needs one line {BEGIN} and one line {END}")
     marks = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return marks.sub(lambda _: f"{BEGIN}\n\n{head}{markdown(found['faults'])}\n{told}\n{END}", text)
+    return marks.sub(lambda _: f"{BEGIN}\n\n{part}\n{END}", text)
