@@ -35,7 +35,7 @@ async def heard(dsn, queue):
 
     async def heard() -> list[str]:
         await listener.execute(f"notify \"{channel}\", 'end'".encode())
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while "end" not in payloads:
                 await listener.wait_input()
         rung = [payload for payload in payloads if payload != "end"]
@@ -85,7 +85,7 @@ async def test_who_dies_is_not_free_any_more(connection, other, heard, stand_fre
     await stand_free()
     pid = other.info.backend_pid
     await connection.execute(b"select pg_terminate_backend(%s)", (pid,))
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while await (await connection.execute(b"select 1 from pg_locks where pid = %s", (pid,))).fetchone():
             pass
     await send(connection)
@@ -177,7 +177,7 @@ async def test_a_stranger_that_holds_a_lock_of_the_bell_stops_nobody_and_makes_i
 ):
     stranger = await open_connection(dsn)
     await stranger.execute(b"select pg_advisory_lock(notifyq.lock_class(%s), %s)", (purpose, queue % 64))
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         await send(connection)
         stance = await stand_free()
     assert len(await heard()) == 1

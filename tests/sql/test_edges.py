@@ -449,7 +449,7 @@ async def test_a_preview_of_redrive_changes_and_locks_nothing(connection, other,
             "select distinct mode from pg_locks where pid = pg_backend_pid() and locktype = 'relation'"
         ) == [("AccessShareLock",)]
         assert await ask("select * from notifyq.jobs order by id") == before
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             cursor = await other.execute("select id from notifyq.redrive('dead')")
             assert await cursor.fetchall() == [(letter,)]
 
@@ -667,7 +667,7 @@ async def heard(dsn, ask, queue):
 
     async def heard() -> list[str]:
         await listener.execute(f"notify \"{channel}\", 'end'".encode())
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while "end" not in payloads:
                 await listener.wait_input()
         rung = [payload for payload in payloads if payload != "end"]

@@ -81,7 +81,7 @@ async def test_two_senders_of_one_id_key_make_one_job(dsn, ask, queue):
             theirs.extend(await ask("select * from notifyq.try_send('q', id_key => 'k')"))
 
         nursery.start_soon(send_too)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while True:
                 cursor = await other.execute("select count(*) from pg_stat_activity where wait_event_type = 'Lock'")
                 if await cursor.fetchone() == (1,):
@@ -128,7 +128,7 @@ async def test_a_thousand_jobs_in_one_transaction_ring_once_and_a_rollback_never
         async with connection.transaction(force_rollback=True):
             await ask("select notifyq.send('q')")
     await listener.execute(f"notify \"{channel}\", 'end'".encode())
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while "end" not in heard:
             await listener.wait_input()
     await listener.close()

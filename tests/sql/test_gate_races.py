@@ -39,7 +39,7 @@ async def rows(connection: TrioConnection, statement: str, *parameters: object) 
 async def until_waiting(watcher: TrioConnection, waiter: TrioConnection) -> None:
     """Return once a session waits for a lock."""
     waits = "select 1 from pg_stat_activity where pid = %s and wait_event_type = 'Lock'"
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while not await rows(watcher, waits, waiter.info.backend_pid):
             await trio.sleep(0.005)
 
@@ -47,7 +47,7 @@ async def until_waiting(watcher: TrioConnection, waiter: TrioConnection) -> None
 async def until_waiting_for(watcher: TrioConnection, waiter: TrioConnection, holder: TrioConnection) -> None:
     """Return once a session waits for a lock that another holds."""
     waits = "select 1 where %s = any (pg_blocking_pids(%s))"
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while not await rows(watcher, waits, holder.info.backend_pid, waiter.info.backend_pid):
             await trio.sleep(0.005)
 
@@ -103,7 +103,7 @@ def race(connection: TrioConnection, other: TrioConnection, nursery):
             if waits:
                 await until_waiting(connection, other)
             else:
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     await call.through.wait()
         return mine, await call.answer()
 

@@ -65,7 +65,7 @@ def race(connection: TrioConnection, other: TrioConnection):
             async with trio.open_nursery() as nursery, connection.transaction(force_rollback=not commit):
                 mine = await rows(connection, first)
                 nursery.start_soon(come_second)
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     await (until_waiting(connection, other) if waits else through.wait())
         if failure:
             raise failure[0]
@@ -383,7 +383,7 @@ async def test_a_completion_waits_for_the_leaf_that_is_made_and_lands_in_it(ask,
 async def test_rescue_steps_over_a_runtime_whose_claim_is_in_flight(
     ask, connection, other, stands, job, runtime, commit
 ):
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with connection.transaction(force_rollback=not commit):
             assert await ask(CLAIM_AS_RUNTIME) == [(job,)]
             await rows(other, LAPSE)

@@ -225,7 +225,7 @@ async def test_each_change_rings_the_control_channel_and_another_look_does_not(a
     await ask("select notifyq.declare_schedules('q', '[]')")
     await ask("select notifyq.declare_schedules('q', '[]')")
     await ask("select pg_notify(%s, 'end')", channel)
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while "end" not in heard:
             await other.wait_input()
     assert heard == ["schedule"] * 5 + ["end"]
@@ -341,7 +341,7 @@ async def test_time_passes_for_schedules_in_tests(ask, dsn, due):
 async def test_of_two_that_fire_one_sends_and_the_other_does_not_wait(ask, connection, other, due, commit):
     number, moment = due
     step = (number, moment, moment, moment + timedelta(hours=1))
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with connection.transaction(force_rollback=not commit):
             assert (await ask(FIRE, *step))[0][0] == "fired"
             assert await rows(other, FIRE, *step) == [("busy", None, None)]
