@@ -1,9 +1,9 @@
 -- Queues: names, options, channels.
 
--- A duration in an options document: a number of seconds, or an interval's text.
+-- A duration in an options document: a number of seconds, or an interval's text. No pinned search_path, and
+-- STABLE, as the cast is, so that it is inlined: of a keyed job in a bulk send it took 20 of 33 us.
 create or replace function notifyq.duration(value jsonb) returns interval
-language sql immutable
-set search_path = pg_catalog, pg_temp
+language sql stable
 as $$
     select case jsonb_typeof(duration.value)
         -- over any bound that its users have, yet within what every server version can hold

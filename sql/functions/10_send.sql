@@ -473,7 +473,7 @@ begin
             insert into notifyq.job (queue, data, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at)
             select q.number, nullif(e.value -> 'data', 'null'), q.priority, q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in
             from jsonb_array_elements(send_many.jobs) with ordinality e
-            where notifyq.data_fits(e.value -> 'data', q)
+            where (octet_length((e.value -> 'data')::text) > q.max_data_bytes) is not true or notifyq.data_fits(e.value -> 'data', q)
             order by e.ordinality
             returning id
         ), ticket as (
@@ -573,9 +573,10 @@ begin
         )) with ordinality e (
             data, priority, delay, due_at, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expire_in, headers, id_key, key, place
         )
-        where notifyq.data_fits(e.data, send_each.queue)
-        and notifyq.options_fit(e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit, notifyq.duration(e.retry_delay),
-            notifyq.duration(e.retry_delay_max), notifyq.duration(e.timeout), notifyq.duration(e.expire_in))
+        where ((octet_length(e.data::text) > (send_each.queue).max_data_bytes) is not true or notifyq.data_fits(e.data, send_each.queue))
+        and (num_nonnulls(e.priority, e.delay, e.due_at, e.retry_limit, e.retry_delay, e.retry_delay_max, e.timeout, e.expire_in) = 0
+            or notifyq.options_fit(e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit, notifyq.duration(e.retry_delay),
+            notifyq.duration(e.retry_delay_max), notifyq.duration(e.timeout), notifyq.duration(e.expire_in)))
         and notifyq.key_options_fit(send_each.queue, e.key, null, null, false)
     ), ticket as materialized (
         -- So many of each key may go ahead; those behind them need not be looked at before they have.

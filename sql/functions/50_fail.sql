@@ -2,10 +2,9 @@
 
 -- Seconds until the next attempt after the n-th failed one. Fixed: retry_delay. With backoff:
 -- d = min(retry_delay_max, retry_delay * 2^(n-1)), jittered evenly over [d/2, d] ("equal
--- jitter": AWS Architecture Blog, Exponential Backoff And Jitter, 2015).
+-- jitter": AWS Architecture Blog, Exponential Backoff And Jitter, 2015). No pinned search_path, so that it is inlined.
 create or replace function notifyq.backoff(retry_delay interval, retry_delay_max interval, retry_backoff boolean, attempt int) returns interval
 language sql volatile
-set search_path = pg_catalog, pg_temp
 as $$
     select case when backoff.retry_backoff
         then make_interval(secs => least(

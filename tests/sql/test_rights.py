@@ -265,7 +265,11 @@ async def test_what_has_no_pinned_search_path_cannot_be_called_or_reads_no_name(
         " and array_to_string(proconfig, ';') !~ 'search_path=' is not false order by 1"
     )
     assert [name for (name,) in found] == [
+        "as_active",
+        "backoff",
         "channel",
+        "duration",
+        "leaves_on",
         "line_number",
         "line_priority",
         "ring_ready",
