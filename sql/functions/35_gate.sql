@@ -35,8 +35,15 @@ as $$
     where (s.slot + 101) * extract(epoch from rate_next.rate_period) / 100 > extract(epoch from rate_next.moment)
 $$;
 
--- The starts of a rate with some more; those that no longer count go.
-create or replace function notifyq.rate_add(inout starts bigint[], inout counts int[], how_many int, rate_period interval, moment timestamptz)
+-- The starts of a rate with some more, that come at a time of their own; those that no longer count at the moment go.
+create or replace function notifyq.rate_add(
+    inout starts bigint[],
+    inout counts int[],
+    how_many int,
+    rate_period interval,
+    started_at timestamptz,
+    moment timestamptz
+)
 language sql immutable
 set search_path = pg_catalog, pg_temp
 as $$
@@ -46,7 +53,7 @@ as $$
         from (
             select * from unnest(rate_add.starts, rate_add.counts) o (slot, number)
             union all
-            select floor(extract(epoch from rate_add.moment) * 100 / extract(epoch from rate_add.rate_period))::bigint, rate_add.how_many
+            select floor(extract(epoch from rate_add.started_at) * 100 / extract(epoch from rate_add.rate_period))::bigint, rate_add.how_many
         ) s
         where (s.slot + 101) * extract(epoch from rate_add.rate_period) / 100 > extract(epoch from rate_add.moment)
         group by s.slot
@@ -191,7 +198,7 @@ begin
     if q.active_limit is not null or q.rate_limit is not null then
         if q.rate_limit is not null and started > 0 then
             select r.starts, r.counts into g.starts, g.counts
-            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, clock_timestamp()) r;
+            from notifyq.rate_add(g.starts, g.counts, started, q.rate_period, clock_timestamp(), moment) r;
         end if;
         g.next_start_at := case
             when q.rate_limit is not null and notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) <= 0
@@ -432,12 +439,13 @@ begin
     started_keys := coalesce(verdict.started_keys, '{}');
     rated_keys := coalesce(verdict.rated_keys, '{}');
     queued_keys := coalesce(verdict.queued_keys, '{}');
-    perform notifyq.count_starts(q, started_keys);
+    perform notifyq.count_starts(q, started_keys, sift.moment);
 end
 $$;
 
--- Counts starts of keys that have a rate; started_keys has one element a start.
-create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[]) returns void
+-- Counts starts of keys that have a rate; started_keys has one element a start. What counted at the moment, by which
+-- they were let through, is kept: by it more are let through.
+create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[], moment timestamptz) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -448,11 +456,11 @@ begin
     insert into notifyq.key (queue, key, starts, counts)
     select (count_starts.queue).number, s.key, r.starts, r.counts
     from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
-    cross join lateral notifyq.rate_add(null, null, s.number, (count_starts.queue).key_rate_period, clock_timestamp()) r
+    cross join lateral notifyq.rate_add(null, null, s.number, (count_starts.queue).key_rate_period, clock_timestamp(), count_starts.moment) r
     on conflict on constraint key_pkey do update
     set (starts, counts) = (
         select r.starts, r.counts
-        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], (count_starts.queue).key_rate_period, clock_timestamp()) r
+        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], (count_starts.queue).key_rate_period, clock_timestamp(), count_starts.moment) r
     );
 end
 $$;
@@ -541,7 +549,7 @@ begin
         into helping
         from judged g;
         exit when cardinality(helping.jobs) = 0;
-        perform notifyq.count_starts(q, helping.keys);
+        perform notifyq.count_starts(q, helping.keys, take_turns.moment);
         jobs := jobs || helping.jobs;
         numbers := numbers || helping.numbers;
         attempts := attempts || helping.attempts;

@@ -136,10 +136,15 @@ class CancelAtStep(trio.abc.Instrument):
                 self._scope.cancel()
 
 
-async def cancelled_at(step: int, wait: Callable[[], Awaitable[Any]], *beside: Callable[[], Awaitable[Any]]) -> bool:
-    """Wait, and be cancelled at the n-th step; False if it was not reached before all had come to rest.
+def resting(nq: notifyq.Client) -> int:
+    """How many of its waiters wait for nothing but the announcement."""
+    return sum(one.statistics().tasks_waiting for waiters in nq._results._waiters.values() for one in waiters)
 
-    ``beside`` is what others do at the same time.
+
+async def cancelled_at(step: int, nq: notifyq.Client, wanted: notifyq.Sent[int], *beside: notifyq.Sent[int]) -> bool:
+    """Wait for a result, and be cancelled at the n-th step; False if it was not reached before all had come to rest.
+
+    ``beside`` is what others wait for at the same time.
     """
     scope = trio.CancelScope()
     instrument = CancelAtStep(scope, step)
@@ -148,16 +153,18 @@ async def cancelled_at(step: int, wait: Callable[[], Awaitable[Any]], *beside: C
     async def cancelled() -> None:
         instrument.task = trio.lowlevel.current_task()
         with scope:
-            await wait()
+            await nq.result(wanted)
 
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancelled)
-            for other in beside:
-                nursery.start_soon(other)
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            reached = scope.cancel_called
-            nursery.cancel_scope.cancel()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancelled)
+                for other in beside:
+                    nursery.start_soon(nq.result, other)
+                while resting(nq) < len(nursery.child_tasks):
+                    await trio.sleep(0.001)
+                reached = scope.cancel_called
+                nursery.cancel_scope.cancel()
     finally:
         trio.lowlevel.remove_instrument(instrument)
     return reached
@@ -171,7 +178,7 @@ async def test_a_first_waiter_cancelled_at_any_point_leaves_the_client_able_to_w
         step += 1
         async with notifyq.connect(dsn) as fresh:
             first, second = await fresh.send_many(Q, [1, 2])
-            reached = await cancelled_at(step, lambda: fresh.result(first))  # noqa: B023
+            reached = await cancelled_at(step, fresh, first)
             with trio.fail_after(5):
                 async with trio.open_nursery() as nursery:
 
@@ -185,7 +192,7 @@ async def test_a_first_waiter_cancelled_at_any_point_leaves_the_client_able_to_w
             assert len(await value(connection, LISTENERS)) == 1
             assert await value(connection, INTERESTS) == 0
         await until(lambda: gone(connection))
-    assert step > 10
+    assert step > 5
 
 
 async def gone(connection: TrioConnection) -> bool:
@@ -201,7 +208,7 @@ async def test_a_waiter_cancelled_at_any_point_beside_another_leaves_no_interest
     reached = True
     while reached:
         step += 1
-        reached = await cancelled_at(step, lambda: nq.result(first), lambda: nq.result(second))
+        reached = await cancelled_at(step, nq, first, second)
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert await value(connection, INTERESTS) == 0, step
     assert step > 5

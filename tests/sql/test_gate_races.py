@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from datetime import timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -714,6 +715,31 @@ async def test_a_start_that_waited_for_the_gate_counts_from_when_it_was_let_thro
     assert len(await call.answer()) == 1
     [(slot,)] = await ask(f"select starts[cardinality(starts)] from notifyq.{'gate' if rule == 'rate' else 'key'}")
     assert slot >= int(now * 100)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"key_rate_limit": 2, "key_rate_period": 0.5}, {"rate_limit": 2, "rate_period": 0.5, "key_limit": 9}],
+    ids=["key", "queue"],
+)
+async def test_a_claim_that_is_held_up_after_it_was_let_through_starts_no_more_than_the_rate_allowed_then(
+    ask, connection, other, nursery, queue, send, claim, well, rule
+):
+    await queue(**rule)
+    await send(*["k"] * 4)
+    assert len(await claim(1)) == 1
+    async with connection.transaction():
+        await ask("select from notifyq.key for update")
+        call = Call(other, CLAIM)
+        nursery.start_soon(call.run)
+        await until_waiting(connection, other)
+        await ask("select pg_sleep(0.52)")  # the first start counts no longer, but did when the claim was let through
+    await call.answer()
+    starts = [at for (at,) in await ask("select claimed_at from notifyq.active order by 1")]
+    assert all(late - early >= timedelta(seconds=0.5) for early, late in zip(starts, starts[2:], strict=False))
+    if "rate_limit" in rule and len(starts) == 2:  # and whoever claims hears when to look again
+        assert await ask("select next_start_at is not null from notifyq.gate") == [(True,)]
+    await well()
 
 
 @either_end
