@@ -14,6 +14,7 @@ import trio
 
 from ._bell import Bell
 from ._errors import NotifyqError
+from ._lock import QuickLock
 from ._sql import reason
 from .events import LeaseGivenUp, ServerTrouble
 
@@ -59,13 +60,26 @@ class Heart:
         self._held_until = -math.inf
         self._asked = Bell()
         self._failing = False
+        self._beating = trio.CancelScope()
+        self._running = QuickLock()
 
     def soon(self) -> None:
         """Beat at once: there is something to be told."""
         self._asked.ring()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Beat until cancelled. Started after the first beat."""
+        """Beat until cancelled, or stopped. Started after the first beat."""
+        async with self._running:
+            with self._beating:
+                await self._beat_for_ever(task_status)
+
+    async def stop(self) -> None:
+        """Beat no more. After that nothing is under way that might register the runtime again."""
+        self._beating.cancel()
+        async with self._running:
+            pass
+
+    async def _beat_for_ever(self, task_status: trio.TaskStatus[None]) -> None:
         self._held_until = trio.current_time() + self._lease
         await self._beat_once()
         task_status.started()

@@ -73,6 +73,9 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         except trio.Cancelled:
             if self.pgconn.status == ConnStatus.OK and self.pgconn.transaction_status == TransactionStatus.ACTIVE:
                 await self._end_query(step)
+            elif self.pgconn.status != ConnStatus.OK or self.pgconn.pipeline_status != PipelineStatus.OFF:
+                self.pgconn.finish()
+                step.abandon()
             raise
 
     async def fetch(self, statement: str, parameters: Sequence[bytes | None] = ()) -> list[tuple[Any, ...]]:

@@ -95,12 +95,7 @@ class Session:
         )
         self._maintenance = Maintenance(pool, store, settings.events, self._heart.soon)
         self._roster = Roster(
-            settings.queues,
-            self._make_worker,
-            pool=pool,
-            store=store,
-            listener=listener,
-            events=settings.events,
+            settings.queues, self._make_worker, pool=pool, store=store, listener=listener, events=settings.events
         )
         self._atomic = Atomic(handlers, store, settings.id, settings.events)
         self._turn = QuickLock()
@@ -207,6 +202,7 @@ class Session:
         running.cancel_scope.cancel()
         with trio.move_on_after(FLUSH_SECONDS), contextlib.suppress(NotifyqError, psycopg.Error):
             await self._settler.close()
+            await self._heart.stop()  # only now: the lease holds while outcomes are written
             await self._deregister()
         self.client.close()
         support.cancel_scope.cancel()

@@ -17,7 +17,8 @@ import trio.testing
 import notifyq
 from notifyq import Job, Queue, Runtime
 from notifyq._results import POLL
-from tests.faults.test_cancelled import OTHERS, UNFINISHED, wait_none
+from notifyq._store import Store
+from tests.faults.test_cancelled import OTHERS, UNFINISHED, value, wait_none
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,6 +92,36 @@ async def test_a_client_that_is_closed_while_calls_wait_says_so_to_each(dsn, nq)
                     await trio.sleep(0.005)
             release.set()
     assert told == ["closed"] * 3
+
+
+async def test_a_runtime_that_stops_while_it_registers_anew_is_not_registered_afterwards(
+    dsn, nq, connection, monkeypatch
+):
+    queue = served()
+    await nq.create_queue(queue)
+    register = Store.register
+    asked: list[int] = []
+    asks_again, go_on = trio.Event(), trio.Event()
+
+    async def register_late(*arguments: Any) -> None:
+        asked.append(1)
+        with trio.CancelScope(shield=True):  # it has been sent: that it is cancelled may come too late
+            if len(asked) == 2:
+                asks_again.set()
+                await go_on.wait()
+            await register(*arguments)
+
+    monkeypatch.setattr(Store, "register", register_late)
+    runtime = Runtime([queue], dsn=dsn, lease=1.0)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(runtime.run)
+            await connection.execute("select notifyq.deregister(%s)", (runtime.id,))
+            await asks_again.wait()
+            runtime.stop()
+            await trio.testing.wait_all_tasks_blocked(0.2)  # all that it does now without waiting for that
+            go_on.set()
+        assert await value(connection, "select count(*) from notifyq.runtime") == 0
 
 
 class Side:
