@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ._pairs import Watch, claim, claim_and_complete, in_pair, in_turn
 from ._parts import Found, Role, Settings, Tell, part_of, telling_sleep
-from ._sql import BARE_FILL_MANY, BARE_TAKE, CLAIM_HELD, COMPLETE, FILL, FILL_HELD, SEND_25_KEYS
+from ._sql import BARE_FILL_MANY, BARE_TAKE, CLAIM_HELD, COMPLETE, FILL, FILL_HELD, SEND_25_KEYS, STAND_READY
 
 if TYPE_CHECKING:
     from typing import LiteralString
@@ -94,8 +94,8 @@ def _by_key(sides: dict[str, Connection]) -> Watch:
     """Claim and complete jobs of 25 free keys while other keys, of jobs that were claimed by hand, hold back all others."""
     watch = Watch()
     for connection in sides.values():
-        while connection.execute(CLAIM_HELD, (KEYED,)).fetchall():
-            pass
+        while connection.execute(STAND_READY, (KEYED,)).rowcount:
+            connection.execute(CLAIM_HELD, (KEYED,))  # it looks at some thousands, and may bring none of them
         connection.execute("vacuum analyze")
     for _, side, connection in in_turn(sides):
         connection.execute(SEND_25_KEYS)

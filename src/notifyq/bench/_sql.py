@@ -62,6 +62,9 @@ CLEAR: LiteralString = (
 )
 SEND_TO: LiteralString = "select count(*) from notifyq.send_many(%s, %s::jsonb)"
 CLAIM_HELD: LiteralString = "select id from notifyq.claim(%s, 1000, lease => '1 day')"
+STAND_READY: LiteralString = (
+    "select from notifyq.ready r join notifyq.queue q on q.number = r.queue where q.name = %s limit 1"
+)
 SEND_MOMENT: LiteralString = "select notifyq.send(%s, to_jsonb(%s::bigint))"
 UNFINISHED_BUT_HELD: LiteralString = (
     "select exists (select from notifyq.ready) or exists (select from notifyq.active where runtime is not null)"
