@@ -465,6 +465,7 @@ PARTS = (
 UNTRIED = {
     # It never waits, or only when it is cancelled already.
     ("_atomic", "async with contextlib.AsyncExitStack() as stack:"),
+    ("_beat", "async with self._running:"),
     (
         "_atomic",
         "await trio.lowlevel.checkpoint_if_cancelled()  # before anything is sent: then there is nothing to drain",
@@ -518,6 +519,7 @@ UNTRIED = {
     ("_claimer", "await self.bell.wait()"),
     ("_claimer", "await trio.sleep(reconnect_delay(failures, self._random))"),
     ("_connect", "await trio.sleep(PATIENCE_PAUSE)"),
+    ("_connection", "await step.finish()"),
     ("_listener", "await connection.wait_input()"),
     ("_listener", "await self._hear_all(connection)"),
     ("_listener", "await self._hold_interest(connection, queue)"),
