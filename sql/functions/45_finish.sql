@@ -3,7 +3,6 @@
 
 -- Takes tickets out of active, by id; returns them. A ticket that is not active with this
 -- attempt (attempts null: any) and this runtime (null: claimed by hand) stays.
---
 create or replace function notifyq.leave_active(jobs bigint[], attempts int[], runtime uuid, as_of timestamptz[] default null)
 returns setof notifyq.active
 language sql
