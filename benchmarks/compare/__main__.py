@@ -21,7 +21,7 @@ from notifyq import testing
 
 from . import _install, _server
 from ._cell import Cell, Options
-from ._peers import PEERS
+from ._peers import PEERS, Peer
 from ._process import CellFailed
 from ._readme import draw, put_into
 from ._results import Results, newest
@@ -36,7 +36,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[PEER|VERB]...")
-@click.option("--settings", default="", metavar="WORD", help="Only rows whose name begins so: default, tuned.")
+@click.option("--settings", default="", metavar="WORD", help="Of peers only rows whose name begins so: default, tuned.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs of every cell.")
 @click.option("--jobs", default=50_000, show_default=True, type=click.IntRange(100), help="Jobs of a drain.")
 @click.option("--seconds", default=30, show_default=True, type=click.IntRange(6), help="Of sustained; pinned has two.")
@@ -160,9 +160,14 @@ def plan(
         for verb in verbs
         for name, found in versions.items()
         for row in PEERS[name].rows
-        if (PEERS[name].kind == "bare" and verb == "pickup")
-        or (PEERS[name].kind != "bare" and row.startswith(settings))
+        if _is_planned(PEERS[name], row, verb, settings)
     ]
+
+
+def _is_planned(peer: Peer, row: str, verb: str, settings: str) -> bool:
+    if peer.kind == "bare":
+        return verb == "pickup"
+    return peer.kind == "own" or row.startswith(settings)
 
 
 def say_settings(planned: list[dict[str, Any]]) -> None:

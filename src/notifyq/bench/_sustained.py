@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pinned", "sustained"]
 
-WINDOWS = {"plain": 4000, "bare": 4000, "mixed": 12_000}
+WINDOWS = {"plain": 2500, "bare": 2500, "mixed": 12_000}
 """Jobs that wait, are active, or are not yet known to be completed, at any time. A fifth of mixed ones wait a second."""
 
 WARM_UP = 5.0
