@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import trio
 
 from .faults import Fault
 from .servers import Server, as_user, binaries, free_port
+from .wire import HERE, THERE, Wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -250,48 +252,40 @@ class Pooler(SendersPooler):
 
 
 class LossyNetwork(Fault):
-    """The workers are in a network namespace of their own; its packets take 20 to 40 ms, and one in 50 is lost."""
+    """The workers are in a network namespace of their own; its packets take 20 to 40 ms, overtake each other, and one in 50
+    is lost."""
 
     name = "lossy-network"
-    settings = {"listen_addresses": "*"}  # noqa: RUF012
+    rate = 1500
+    settings = {"listen_addresses": f"127.0.0.1,{HERE}"}  # noqa: RUF012
 
     def missing(self) -> str | None:
         try:
-            self._lay_out()
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            return f"no network namespace with netem can be made here: {said(error)}"
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                self._tear_down()
+            Wire().take_up()
+        except (OSError, subprocess.CalledProcessError) as error:
+            return f"no network namespace with TUN devices can be made here: {said(error)}"
         return None
 
-    def _lay_out(self) -> None:
-        for command in (
-            "ip netns add chaos",
-            "ip link add chaos0 type veth peer name chaos1 netns chaos",
-            "ip addr add 10.213.7.1/30 dev chaos0",
-            "ip link set chaos0 up",
-            "ip -n chaos addr add 10.213.7.2/30 dev chaos1",
-            "ip -n chaos link set chaos1 up",
-            "ip -n chaos link set lo up",
-            "tc qdisc add dev chaos0 root netem delay 30ms 10ms loss 2%",
-        ):
-            run(*command.split(), check=True)
+    def place(self, folder: Path) -> Path:
+        self._wire = Wire()  # the server is to listen on it
+        return super().place(folder)
 
-    def _tear_down(self) -> None:
-        run("ip", "link", "del", "chaos0")
-        run("ip", "netns", "del", "chaos")
+    def leave(self, folder: Path) -> None:
+        self._wire.take_up()
 
     @contextlib.asynccontextmanager
     async def stage(self, scene: Scene) -> AsyncIterator[None]:
-        self._lay_out()
         with (scene.server.data / "pg_hba.conf").open("a", encoding="utf-8") as rules:
-            rules.write("host all all 10.213.7.0/30 trust\n")
+            rules.write(f"host all all {THERE}/32 trust\n")
         await scene.query("select pg_reload_conf()")
-        scene.wrapped = ("ip", "netns", "exec", "chaos")
-        scene.worker_dsn = scene.direct_dsn.replace("127.0.0.1", "10.213.7.1")
-        try:
+        scene.wrapped = self._wire.inside
+        scene.worker_dsn = scene.direct_dsn.replace("127.0.0.1", HERE)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(self._wire.carry, scene.dice, least=0.02, most=0.04, loss=0.02))
             with scene.incident(self.name):
                 yield
-        finally:
-            self._tear_down()
+            nursery.cancel_scope.cancel()
+
+    def expected(self, scene: Scene) -> Iterable[str]:
+        if not self._wire.lost:
+            yield f"none of {self._wire.carried} packets was lost"
