@@ -457,17 +457,10 @@ begin
     if jsonb_typeof(send_many.jobs) is distinct from 'array' then
         raise exception 'jobs must be a JSON array of objects, not %', coalesce(jsonb_typeof(send_many.jobs), 'null') using errcode = 'NQ003';
     end if;
-    select e.value into entry
-    from jsonb_array_elements(send_many.jobs) e
-    where jsonb_typeof(e.value) <> 'object'
-    or e.value - allowed <> '{}'
-    limit 1;
-    if found then
-        perform notifyq.check_options(entry, allowed);
-    end if;
-
-    -- Data and nothing else: one insert each for jobs and tickets.
-    if q.plain and not exists (select from jsonb_array_elements(send_many.jobs) e where e.value - 'data' <> '{}') then
+    -- Data and nothing else, seen with one look at each entry: one insert each for jobs and tickets.
+    if q.plain and not exists (
+        select from jsonb_array_elements(send_many.jobs) e where jsonb_typeof(e.value) <> 'object' or e.value - 'data' <> '{}'
+    ) then
         return query
         with job as (
             insert into notifyq.job (queue, data, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at)
@@ -486,6 +479,14 @@ begin
         from job
         order by job.id;
         return;
+    end if;
+    select e.value into entry
+    from jsonb_array_elements(send_many.jobs) e
+    where jsonb_typeof(e.value) <> 'object'
+    or e.value - allowed <> '{}'
+    limit 1;
+    if found then
+        perform notifyq.check_options(entry, allowed);
     end if;
     -- What is reserved by key is sent one by one, and in the order of the keys and id_keys, as in send_each().
     if q.policy in ('short', 'stately', 'exclusive') or exists (select from jsonb_array_elements(send_many.jobs) e where e.value ?| '{throttle,debounce}') then
