@@ -172,7 +172,9 @@ def check_type(type_: Any) -> None:
         and not hasattr(type_, "__supertype__")
         and type_ is not Any
     ):
-        raise InvalidData(f"{shown(type_)} is not a type")
+        raise InvalidData(
+            f"{shown(type_)} is not a type: give a class, a type such as list[int], or leave it out for any JSON"
+        )
     if type_ in _PLAIN:
         return
     try:

@@ -99,6 +99,8 @@ class Queue(Generic[In, Out]):
     @overload
     def __init__(self: Queue[In, Any], name: str, data: type[In], /, **options: Any) -> None: ...
     @overload
+    def __init__(self: Queue[In, None], name: str, data: type[In], output: None, /, **options: Any) -> None: ...
+    @overload
     def __init__(self, name: str, data: type[In], output: type[Out], /, **options: Any) -> None: ...
     def __init__(
         self, name: str, data: Any = Any, output: Any = Any, /, *, schedules: Iterable[Schedule] = (), **options: Any
@@ -110,7 +112,7 @@ class Queue(Generic[In, Out]):
                 pattern: a runtime serves all queues that match, also those made later, each as if it was declared
                 alone. Not the dead-letter queues of others: those need their own names. A pattern takes no options.
             data: the type of its jobs' data.
-            output: the type that its worker returns.
+            output: the type that its worker returns; ``None``, as in an annotation, if it returns nothing.
             schedules: when it gets jobs by itself. A starting runtime makes the database's those: the last one wins.
             options: retry_limit (attempts after the first), retry_delay and retry_delay_max (seconds or timedelta),
                 retry_backoff (exponential, or fixed), timeout (seconds of one attempt), priority, retention (seconds a
@@ -138,14 +140,12 @@ class Queue(Generic[In, Out]):
         if self.is_pattern and (options or self.schedules):
             given = ", ".join(options) or "schedules"
             raise InvalidOption(f"queue {name!r} is a pattern: give {given} to the queues when you create them")
-        for type_ in (data, output):
+        self.name, self.data_type, self.output_type = name, data, type(None) if output is None else output
+        for type_ in (self.data_type, self.output_type):
             try:
                 check_type(type_)
             except InvalidData as error:
                 raise InvalidData(f"queue {name!r}: {error}") from error
-        self.name = name
-        self.data_type = data
-        self.output_type = output
         try:
             self.options = _plain(options)
         except InvalidOption as error:

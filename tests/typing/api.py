@@ -25,6 +25,7 @@ reminders = Queue("reminders", Reminder, Echo, retry_limit=3)
 assert_type(reminders, Queue[Reminder, Echo])
 assert_type(Queue("plain"), Queue[Any, Any])
 assert_type(Queue("input", int), Queue[int, Any])
+assert_type(Queue("nothing back", int, None), Queue[int, None])
 
 
 @reminders.worker

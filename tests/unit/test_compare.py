@@ -60,6 +60,18 @@ def test_peers_take_turns():
     ]
 
 
+def test_settings_choose_rows_of_peers_and_notifyq_stands_beside_them_with_all_of_its():
+    versions = {"notifyq": {}, "limit": {}, **VERSIONS}
+    planned = plan(versions, ["pickup", "drain"], 1, Options(), "18.0", "tuned")
+    found = [(cell["verb"], cell["peer"], cell["row"]) for cell in planned]
+    own = [("notifyq", row) for row in PEERS["notifyq"].rows]
+    peers = [(peer, row) for peer in VERSIONS for row in PEERS[peer].rows if row.startswith("tuned")]
+    assert found == [
+        *[("pickup", *one) for one in [*own, ("limit", "by hand"), *peers]],
+        *[("drain", *one) for one in [*own, *peers]],
+    ]
+
+
 def test_every_verb_has_columns_a_table_and_its_options():
     assert set(FIGURES) == set(VERBS) == {verb for verbs in TABLES.values() for verb in verbs}
     assert all(Options().of(verb) for verb in VERBS)

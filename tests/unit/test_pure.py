@@ -284,6 +284,17 @@ def test_a_type_that_json_cannot_hold_is_refused_at_declaration():
         Queue("q", type("Odd", (), {"__init__": lambda self, x: None}))
 
 
+@pytest.mark.parametrize("no_type", [None, 5, "int"])
+def test_what_is_no_type_is_refused_at_declaration_with_what_is_one(no_type):
+    with pytest.raises(InvalidData, match=rf"queue 'q': {no_type!r} is not a type: give a class"):
+        Queue("q", no_type)
+
+
+def test_none_is_the_type_of_what_a_worker_that_returns_nothing_returns():
+    queue = Queue("q", int, None)
+    assert queue.output_type is type(None)
+
+
 def good(job):
     return None
 
