@@ -224,7 +224,7 @@ class Claimer:
         self._due.learned(stance.due, stance.clock, now)
         if stance.ready or (stance.due is not None and stance.due <= stance.clock):
             return True
-        self._looks.at = now
+        self._looks.at, self._looks.owed = now, False
         return False
 
     def _ask(self) -> bool:
@@ -276,7 +276,9 @@ class Claimer:
             self._resting = False
 
     def _wake_at(self) -> float:
-        wake_at = min(self._due.at, self.hands.shelf.stale_at(), self._watch.look_at, self.fleet.look_at)
+        wake_at = min(
+            self._due.at, self.hands.shelf.stale_at(), self._watch.look_at, self.fleet.look_at, self._looks.owed_at
+        )
         if self._poll_interval is not None:
             wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
         return wake_at
@@ -308,14 +310,14 @@ class Claimer:
             else:
                 self._deliver(haul.jobs)
             brought += len(haul.jobs)
-            if not haul.is_full(how_many):
-                # With a floor that may only mean that the rest lies below it: look before resting.
-                dry = True
-                if whole and not self.bell.rung:
+            dry = not haul.is_full(how_many)
+            if dry:
+                # With a floor that may only mean that the rest lies below it: look before resting, or soon if that is dear.
+                dry = self._looks.cheap or self._looks.is_due(now)
+                if (whole or not dry) and not self.bell.rung:
+                    self._looks.owed = not whole
                     self._watch.dry(brought, haul.left, trio.current_time())
                     return
-            else:
-                dry = False
 
     def _looked(self, since: float, how_many: int, haul: Haul) -> None:
         """A claim from the beginning has ended."""

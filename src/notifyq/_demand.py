@@ -102,6 +102,8 @@ class Looks:
     """When the ready index was last looked at from its beginning, and how long that took."""
 
     at: float = -math.inf
+    owed: bool = False
+    """It rests without one, since they are dear: what lies below the floor, untold of, has to wait until one is due."""
     _last: float = 0.0
     _before: float = 0.0
 
@@ -115,13 +117,22 @@ class Looks:
         """A look from the beginning costs no more than one from the floor."""
         return self.seconds < CHEAP_LOOK
 
+    @property
+    def owed_at(self) -> float:
+        """When to make the one that is owed."""
+        return self._due_at if self.owed else math.inf
+
     def made(self, since: float, now: float) -> None:
         """One was begun then, and has ended."""
-        self.at, self._last, self._before = now, now - since, self._last
+        self.at, self._last, self._before, self.owed = now, now - since, self._last, False
 
     def is_due(self, now: float) -> bool:
         """It is time for another one, though busy."""
-        return now >= self.at + max(LOOK_EVERY, self.seconds / LOOK_SHARE)
+        return now >= self._due_at
+
+    @property
+    def _due_at(self) -> float:
+        return self.at + max(LOOK_EVERY, self.seconds / LOOK_SHARE)
 
 
 @attrs.define(eq=False)

@@ -66,7 +66,12 @@ class Watch:
         self._rings_at_work = 0
 
     def stood(self, passed: bool, now: float) -> None:
-        """It stands free; ``passed``: and nobody was under way after that."""
+        """It stands free; ``passed``: and nobody was under way after that.
+
+        Unless so many rings came before the answer that it is crowded, and stands free no longer.
+        """
+        if self.crowded:
+            return
         self.told = passed
         self._doubt(not passed, now)
 

@@ -285,10 +285,14 @@ async def _send_one(connection: TrioConnection, chance: random.Random) -> None:
         await connection.execute(b"select notifyq.send('q', '0')")
 
 
+@pytest.mark.parametrize("dear", [False, True], ids=["from the beginning", "from the floors"])
 @pytest.mark.parametrize("seed", range(3))
 async def test_senders_of_every_kind_and_runtimes_that_fill_up_and_run_dry_forget_no_job(
-    start, nq, connection, dsn, seed
+    start, nq, connection, dsn, seed, dear, monkeypatch
 ):
+    if dear:  # and what commits later than this is below the floor
+        monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+        monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
     chance = random.Random(seed)
     seen = []
     for concurrency in (1, 4):
@@ -308,6 +312,30 @@ async def test_senders_of_every_kind_and_runtimes_that_fill_up_and_run_dry_forge
         while await (await connection.execute(left)).fetchone() == (True,):
             await trio.sleep(0.01)
     assert await (await connection.execute(b"select count(*) >= 360 from notifyq.archive")).fetchone() == (True,)
+
+
+async def test_what_lies_below_the_floor_untold_of_is_found_with_the_next_look_from_the_beginning(
+    start, nq, connection, monkeypatch
+):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)  # looks are dear
+    monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, lease=HOUR)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, 1)
+    rang = "select set_config('notifyq.rang_ready', jsonb_build_object(number, 32767)::text, true) from notifyq.queue"
+    async with connection.transaction():
+        await connection.execute(rang.encode())
+        await nq.send(queue, 2, connection=connection)
+        await nq.send(queue, 3)
+        await seen.wait(JobCompleted, 2)
+    await nq.send(queue, 4)
+    await seen.wait(JobCompleted, 4, seconds=5)
 
 
 def test_looking_by_itself_is_tried_sooner_when_it_pays_and_later_when_it_does_not():
@@ -331,6 +359,17 @@ def test_looking_by_itself_is_tried_sooner_when_it_pays_and_later_when_it_does_n
                 break
         watch.stood(True, now)
     assert counts == [16, 32, 64, 32, 16, 8, 4]
+
+
+def test_one_that_was_rung_for_too_often_before_it_stood_free_stands_free_no_longer():
+    watch = Watch()
+    while not watch.rang(False, 0.0):
+        pass
+    watch.stood(True, 0.0)  # what it had asked for before
+    assert watch.crowded
+    while watch.crowded:
+        watch.dry(0, None, 0.0)
+    assert not watch.told
 
 
 def test_rings_that_come_seldom_never_make_it_look_by_itself():

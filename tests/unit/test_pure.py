@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,11 @@ def test_looks_are_dear_once_two_in_a_row_took_long():
     assert not looks.cheap
     assert not looks.is_due(3.5 + 19.9)
     assert looks.is_due(3.5 + 20.1)  # a look of a second may take a twentieth of the time
+    assert looks.owed_at == math.inf
+    looks.owed = True
+    assert 3.5 + 19.9 < looks.owed_at < 3.5 + 20.1
     looks.made(24.0, 24.001)
+    assert looks.owed_at == math.inf
     assert looks.cheap
 
 
