@@ -120,7 +120,7 @@ class Claimer:
                 self._rest.deadline = self._wake_at()
                 return
             elif kind != "d":
-                self._due.unknown = True
+                self._looks.at, self._due.unknown = -math.inf, True
             elif not self._due.heard(rest):
                 return
         except ValueError:
@@ -276,12 +276,11 @@ class Claimer:
             self._resting = False
 
     def _wake_at(self) -> float:
-        wake_at = min(
-            self._due.at, self.hands.shelf.stale_at(), self._watch.look_at, self.fleet.look_at, self._looks.owed_at
-        )
-        if self._poll_interval is not None:
-            wake_at = min(wake_at, max(self._looks.at, self._begun_at) + self._poll_interval)
-        return wake_at
+        looks_at = min(self._watch.look_at, self.fleet.look_at, self._looks.owed_at, self._poll_at())
+        return min(self._due.at, self.hands.shelf.stale_at(), looks_at)
+
+    def _poll_at(self) -> float:
+        return max(self._looks.at, self._begun_at) + (math.inf if self._poll_interval is None else self._poll_interval)
 
     async def _drain(self) -> None:
         brought = 0
@@ -289,8 +288,8 @@ class Claimer:
         if self._refusal is not None:
             refusal, self._refusal = self._refusal, None
             raise refusal
-        # One look from the beginning finds all; only when such looks are dear is the floor tried first.
-        dry = self._looks.cheap
+        # One look from the beginning finds all; only when such looks are dear, and no poll is due, is the floor tried first.
+        dry = self._looks.cheap or trio.current_time() >= self._poll_at()
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self.hands.wait_demand()
@@ -299,8 +298,7 @@ class Claimer:
             self.bell.clear()
             now = trio.current_time()
             whole = dry or not self._floor.numbers or self._looks.is_due(now)
-            if whole:
-                self.fleet.looked()
+            self.fleet.looked()
             with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
                 haul = await self._claim(how_many, None if whole else self._floor.numbers)
             if patience.cancelled_caught:

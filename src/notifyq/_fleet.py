@@ -56,7 +56,7 @@ class Fleet:
             self._put_off.pop(int(number), None)
 
     def looked(self) -> None:
-        """A look from the beginning: what was put off has been seen to."""
+        """A look, which what was put off is not below: it has been seen to."""
         self._put_off.clear()
 
     def took(self, jobs: Sequence[Claimed]) -> None:

@@ -231,6 +231,16 @@ async def test_what_those_whose_turn_it_is_do_not_take_others_do(start, nq, watc
     await until(lambda: sum(len(each.of(JobCompleted)) for each in seen) == 1)
 
 
+async def test_a_look_from_the_floor_sees_to_what_was_put_off(start, nq, watches, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    seen, claimers = await start_fleet(start, 8, monkeypatch)
+    for number in range(5):
+        await nq.send(Queue("q", int), number)
+        await until(lambda done=number + 1: sum(len(each.of(JobCompleted)) for each in seen) == done)
+    await until(lambda: all(claimer.fleet.look_at == math.inf for claimer in claimers))
+
+
 def claimed(number: int) -> Claimed:
     return Claimed(number, 1, number, 0, 0, 1.0, datetime.now(UTC), None, None, None, None)
 
@@ -314,14 +324,13 @@ async def test_senders_of_every_kind_and_runtimes_that_fill_up_and_run_dry_forge
     assert await (await connection.execute(b"select count(*) >= 360 from notifyq.archive")).fetchone() == (True,)
 
 
-async def test_what_lies_below_the_floor_untold_of_is_found_with_the_next_look_from_the_beginning(
-    start, nq, connection, monkeypatch
-):
-    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)  # looks are dear
+async def below_the_floor(start, nq, connection, monkeypatch, poll_interval: float = HOUR):
+    """A runtime for which looks are dear, and a ticket below its floor that nobody rang for."""
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
     monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
     queue = Queue("q", int, int)
 
-    @queue.worker(poll_interval=HOUR)
+    @queue.worker(poll_interval=poll_interval)
     async def work(job: Job[int]) -> int:
         return job.data
 
@@ -334,8 +343,38 @@ async def test_what_lies_below_the_floor_untold_of_is_found_with_the_next_look_f
         await nq.send(queue, 2, connection=connection)
         await nq.send(queue, 3)
         await seen.wait(JobCompleted, 2)
+    return queue, seen
+
+
+async def test_what_lies_below_the_floor_untold_of_is_found_with_the_next_look_from_the_beginning(
+    start, nq, connection, monkeypatch
+):
+    queue, seen = await below_the_floor(start, nq, connection, monkeypatch)
     await nq.send(queue, 4)
     await seen.wait(JobCompleted, 4, seconds=5)
+
+
+async def test_who_is_told_to_look_looks_from_the_beginning_though_that_is_dear(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    _, seen = await below_the_floor(start, nq, connection, monkeypatch)
+    await connection.execute(b"select pg_notify(notifyq.channel(number), 'look') from notifyq.queue")
+    await seen.wait(JobCompleted, 3, seconds=5)
+
+
+async def test_a_poll_looks_from_the_beginning_once_an_interval_though_that_is_dear(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    _, seen = await below_the_floor(start, nq, connection, monkeypatch, poll_interval=0.2)
+    await seen.wait(JobCompleted, 3, seconds=5)
+    claims: list[float] = []
+    before_claim = QueueWorker._before_claim
+
+    def counted(self: QueueWorker) -> int:
+        claims.append(trio.current_time())
+        return before_claim(self)
+
+    monkeypatch.setattr(QueueWorker, "_before_claim", counted)
+    await until(lambda: len(claims) >= 5)
+    assert claims[4] - claims[0] >= 0.79
 
 
 def test_looking_by_itself_is_tried_sooner_when_it_pays_and_later_when_it_does_not():
