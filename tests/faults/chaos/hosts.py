@@ -149,15 +149,14 @@ class DiskFull(Fault):
         with scene.incident(self.name, waits_for="any"):
             try:
                 until = trio.current_time() + 3
-                with ballast.open("wb") as file:
-                    while trio.current_time() < until:
-                        with contextlib.suppress(OSError):
-                            while True:
-                                file.write(bytes(65536))
-                                file.flush()
-                        await trio.sleep(0.02)
+                while trio.current_time() < until:
+                    # If the server has filled the disk meanwhile, the file cannot even be made.
+                    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
+                        while True:
+                            file.write(bytes(65536))
+                    await trio.sleep(0.02)
             finally:
-                ballast.unlink()
+                ballast.unlink(missing_ok=True)
             await scene.server.accepting()
 
     def expected(self, scene: Scene) -> Iterable[str]:
