@@ -42,8 +42,9 @@ $$;
 
 -- A runtime has run dry: holds 'free' for these queues on its session, where it does not hold it yet, and says for each
 -- whether it stands free and nobody was pending after that. Then, in a new snapshot, whether anything is ready, and when
--- the next ticket is due, and what the time is, both in seconds of the epoch.
-create or replace function notifyq.stand_free(queues int[], held boolean[])
+-- the next ticket is due, and what the time is, both in seconds of the epoch. due_floors: where looks are dear, tickets
+-- that were due before that are left out, and it does not look what is ready, but says that something may be.
+create or replace function notifyq.stand_free(queues int[], held boolean[], due_floors timestamptz[] default null)
 returns table (queue int, stands boolean, passed boolean, ready boolean, due float8, clock float8)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -54,12 +55,13 @@ as $$
 declare
     free constant int := notifyq.lock_class('free');
     pending constant int := notifyq.lock_class('pending');
+    due_floor timestamptz;
 begin
-    for queue, stands in select * from unnest(stand_free.queues, stand_free.held) loop
+    for queue, stands, due_floor in select * from unnest(stand_free.queues, stand_free.held, stand_free.due_floors) loop
         stands := stands or pg_try_advisory_lock_shared(free, queue % 64);
         passed := stands and pg_try_advisory_lock(pending, queue % 64) and pg_advisory_unlock(pending, queue % 64);
-        ready := exists (select from notifyq.ready t where t.queue = stand_free.queue);
-        due := extract(epoch from notifyq.next_due(queue));
+        ready := due_floor is not null or exists (select from notifyq.ready t where t.queue = stand_free.queue);
+        due := extract(epoch from notifyq.next_due(queue, coalesce(due_floor, '-infinity')));
         clock := extract(epoch from clock_timestamp());
         return next;
     end loop;
@@ -72,6 +74,31 @@ language sql
 set search_path = pg_catalog, pg_temp
 as $$
     select pg_advisory_unlock_shared(notifyq.lock_class('free'), u.queue % 64) from unnest(stand_busy.queues) u (queue)
+$$;
+
+-- A runtime to which looks from the beginning of these queues are dear holds 'far' shared, on its session, or lets go of it:
+-- advance(), which puts tickets back to where they stood, then rings for them.
+create or replace function notifyq.stand_far(queues int[], far boolean[]) returns void
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+    select case when u.far
+        then pg_try_advisory_lock_shared(notifyq.lock_class('far'), u.queue % 64)
+        else pg_advisory_unlock_shared(notifyq.lock_class('far'), u.queue % 64)
+    end
+    from unnest(stand_far.queues, stand_far.far) u (queue, far)
+$$;
+
+create or replace function notifyq.somebody_stands_far(queue notifyq.queue) returns boolean
+language sql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+    select case
+        when (somebody_stands_far.queue).bell = 'never' then false
+        when pg_try_advisory_lock(notifyq.lock_class('far'), (somebody_stands_far.queue).number % 64)
+        then not pg_advisory_unlock(notifyq.lock_class('far'), (somebody_stands_far.queue).number % 64)
+        else true
+    end
 $$;
 
 -- Not SECURITY DEFINER: it runs as whoever may insert a ticket, which for a producer is send().

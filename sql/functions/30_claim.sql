@@ -6,7 +6,12 @@
 -- others find nothing to do.
 --
 -- The moment is a variable because clock_timestamp() is volatile: the index could not be asked for it.
-create or replace function notifyq.promote(queue int, how_many int default 1000, alone boolean default true) returns int
+create or replace function notifyq.promote(
+    queue int,
+    how_many int default 1000,
+    alone boolean default true,
+    due_floor timestamptz default '-infinity'
+) returns int
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set jit = off
@@ -25,7 +30,7 @@ begin
         select s.job
         from notifyq.scheduled s
         where s.queue = promote.queue
-        and s.due_at <= moment
+        and s.due_at between promote.due_floor and moment
         order by s.due_at, s.job
         limit promote.how_many
         for update skip locked
@@ -77,16 +82,17 @@ $$;
 --
 -- With a runtime: its lease must be live (NQ005 otherwise) and protects the claim. Without
 -- one (a claim by hand): the job must be settled or touched within lease (default: the job's
--- timeout). priorities and floors: look only from floors[i] on at priorities[i]; null: look
--- from the beginning. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
+-- timeout). priorities and floors: look only from floors[i] on at priorities[i], and at what is due
+-- from due_floor on; null: look from the beginning. An ordered queue is always looked at from there. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
 -- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
 -- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
 -- priorities say it. key_limit: the claim brings no more than so many of one key, less those that at_work
 -- counts ('{"key": number}'); the others it steps over. durably: false does not wait until the claim is
 -- on disk; a crash of the server may then forget it, and the jobs run again.
 --
--- look: one more row at the end, of nulls but for attempt, whether tickets are left (1 or 0), and sent_at,
--- what time it is. If the claim brought fewer than were asked for, others hold those, and may let go of them
+-- look: one more row at the end, of nulls but for attempt, whether tickets are left (1 or 0), sent_at,
+-- what time it is, and timeout, the due_floor of a claim that comes soon (in seconds of the epoch): no ticket that could
+-- be seen is due before it. If the claim brought fewer than were asked for, others hold those, and may let go of them
 -- without a word (their claim is undone, say), so it is to be tried again. Whether any are left is null with
 -- floors or a key_limit, and for queues that are paused or have a gate: nobody takes their tickets side by
 -- side, and some may not start.
@@ -106,7 +112,8 @@ create or replace function notifyq.claim(
     key_limit int default null,
     at_work jsonb default null,
     durably boolean default true,
-    look boolean default false
+    look boolean default false,
+    due_floor timestamptz default null
 )
 returns table (
     id bigint, attempt int, number bigint, priority smallint, retry_limit int, timeout float8,
@@ -127,7 +134,7 @@ declare
     n int;
     claimed int;
     live boolean;
-    due boolean;
+    first_due timestamptz;
     gated boolean;
     jobs bigint[];
     numbers bigint[];
@@ -207,13 +214,20 @@ begin
                 and not r.stopping
                 for key share
             ),
-            exists (select from notifyq.scheduled s where s.queue = q.number and s.due_at <= moment),
+            (
+                select s.due_at
+                from notifyq.scheduled s
+                where s.queue = q.number
+                and s.due_at >= coalesce(claim.due_floor, '-infinity')
+                order by s.due_at
+                limit 1
+            ),
             q.gated
-        into n, live, due, gated
+        into n, live, first_due, gated
         from notifyq.queue q
         where q.name = claim.queue
         and not q.paused;
-        if (live and not due) is not true then
+        if (live and coalesce(first_due > moment, true)) is not true then
             if n is null then
                 perform notifyq.queue_named(claim.queue);
                 exit claiming; -- paused
@@ -226,7 +240,8 @@ begin
                 perform notifyq.lock_gate(n);
             end if;
             -- A claim by hand may be in a long transaction: it takes no more than it can use, and no lock.
-            perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null);
+            perform notifyq.promote(n, case when claim.runtime is null then claim.how_many else 1000 end, claim.runtime is not null,
+                coalesce(claim.due_floor, '-infinity'));
         end if;
 
         if gated or claim.key_limit is not null then
@@ -234,7 +249,8 @@ begin
             -- moment is the start that rates count by.
             select a.jobs, a.numbers, a.attempts, a.moment into jobs, numbers, attempts, moment
             from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
-                coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767), claim.key_limit, claim.at_work) a;
+                coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767), claim.key_limit, claim.at_work,
+                claim.priorities, claim.floors) a;
         elsif claim.floors is null then
             with gone as (
                 delete from notifyq.ready r
@@ -329,6 +345,8 @@ begin
             and not q.paused
             and not q.gated;
         end if;
+        -- A second is for who is slow to commit: see TRAIL_SECONDS in _demand.py.
+        timeout := extract(epoch from least(first_due, moment - interval '1 second'));
         sent_at := clock_timestamp();
         return next;
     end if;
@@ -349,8 +367,8 @@ end
 $$;
 
 -- The moment of the next due ticket of a queue, or when its rate lets the next one start, or null, also
--- when it is paused: nothing is to be done then.
-create or replace function notifyq.next_due(queue int) returns timestamptz
+-- when it is paused: nothing is to be done then. Tickets due before due_floor are not looked at.
+create or replace function notifyq.next_due(queue int, due_floor timestamptz default '-infinity') returns timestamptz
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -359,6 +377,7 @@ as $$
             select s.due_at
             from notifyq.scheduled s
             where s.queue = next_due.queue
+            and s.due_at >= next_due.due_floor
             order by s.due_at
             limit 1
         ),

@@ -112,6 +112,9 @@ $$;
 --
 -- key_limit, at_work: the claiming process runs so many of each key already, and may have up to key_limit;
 -- what it may not have is left where it is, for others.
+--
+-- priorities, floors: looks only from floors[i] on at priorities[i]. Not where the order is strict: what is further back
+-- might have to come first.
 create or replace function notifyq.admit(
     queue int,
     how_many int,
@@ -119,6 +122,8 @@ create or replace function notifyq.admit(
     high int,
     key_limit int,
     at_work jsonb,
+    priorities smallint[],
+    floors bigint[],
     out jobs bigint[],
     out numbers bigint[],
     out attempts int[],
@@ -147,6 +152,9 @@ declare
     queued_keys text[] := '{}';
     working jsonb := admit.at_work;
     started int;
+    lows int[] := array[admit.low];
+    highs int[] := array[admit.high];
+    floors bigint[] := array[-9223372036854775808];
 begin
     if admit.key_limit <= 0 then
         raise exception 'key_limit must be 1 or more, not %', admit.key_limit using errcode = 'NQ003';
@@ -161,12 +169,17 @@ begin
     select * into q from notifyq.queue o where o.number = admit.queue;
     room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
+    if admit.floors is not null and q.policy <> 'ordered' then
+        lows := admit.priorities;
+        highs := admit.priorities;
+        floors := admit.floors;
+    end if;
     window_size := greatest(room, 16);
     while room > 0 loop
         key_by_key := looked_at >= most_looked_at;
         exit when key_by_key and not q.fair;
         select * into sifted
-        from notifyq.sift(q, window_size, room, admit.low, admit.high, admit.key_limit, working, started_keys, moment, key_by_key);
+        from notifyq.sift(q, window_size, room, lows, highs, floors, admit.key_limit, working, started_keys, moment, key_by_key);
         exit when sifted.looked_at = 0;
         looked_at := looked_at + sifted.looked_at;
         jobs := jobs || sifted.jobs;
@@ -292,13 +305,15 @@ $$;
 -- One look at the tickets in front: takes up to room that may start, moves to blocked those whose
 -- key is held, at its rate, or (in a fair queue) among those that had their turn, and leaves the rest. started_keys has one element a start.
 -- queued_keys: those of what was put behind others of its key, whose next one stands further back.
--- key_by_key: instead of what is in front, it looks at the first ticket of each key that has not had its turn.
+-- It looks at tickets with priorities from lows[i] to highs[i] and numbers from floors[i] on, in this order; key_by_key: instead
+-- of what is in front of them, at the first ticket of each key that has not had its turn.
 create or replace function notifyq.sift(
     queue notifyq.queue,
     how_many int,
     room int,
-    low int,
-    high int,
+    lows int[],
+    highs int[],
+    floors bigint[],
     key_limit int,
     at_work jsonb,
     had_turn text[],
@@ -336,20 +351,26 @@ begin
         into front, places
         from (
             select t as ticket, t.ctid as place from notifyq.ready t
-            where t.ctid = any (notifyq.first_of_keys(q, sift.how_many, sift.low, sift.high, sift.had_turn || full_keys))
+            where t.ctid = any (notifyq.first_of_keys(q, sift.how_many, sift.lows[cardinality(sift.lows)], sift.highs[1], sift.had_turn || full_keys))
             for update skip locked
         ) t;
     else
         select array_agg(t.ticket order by (t.ticket).priority desc, (t.ticket).number), array_agg(t.place order by (t.ticket).priority desc, (t.ticket).number)
         into front, places
         from (
-            select t as ticket, t.ctid as place from notifyq.ready t
-            where t.queue = q.number
-            and t.priority between sift.low and sift.high
-            and (full_keys = '{}' or not exists (select from notifyq.job j where j.id = t.job and coalesce(j.key, '') = any (full_keys)))
-            order by t.priority desc, t.number
+            select t.*
+            from unnest(sift.lows, sift.highs, sift.floors) f (low, high, floor)
+            cross join lateral (
+                select t as ticket, t.ctid as place from notifyq.ready t
+                where t.queue = q.number
+                and t.priority between f.low and f.high
+                and t.number >= f.floor
+                and (full_keys = '{}' or not exists (select from notifyq.job j where j.id = t.job and coalesce(j.key, '') = any (full_keys)))
+                order by t.priority desc, t.number
+                limit sift.how_many
+                for update skip locked
+            ) t
             limit sift.how_many
-            for update skip locked
         ) t;
     end if;
     looked_at := coalesce(cardinality(front), 0);
@@ -366,7 +387,7 @@ begin
         from notifyq.ready t
         join notifyq.job j on j.id = any (array[t.job])
         where t.queue = q.number
-        and t.priority <= sift.high
+        and t.priority <= sift.highs[1]
         and (t.priority > (front[looked_at]).priority or t.priority = (front[looked_at]).priority and t.number < (front[looked_at]).number)
         and t.job <> all (array(select f.job from unnest(front) f));
     end if;
@@ -618,7 +639,7 @@ end
 $$;
 
 -- Moves the next blocked tickets of keys to ready, one for each time that the key is named; to the
--- end of the line where keys take turns, else to their places.
+-- end of the line where keys take turns, else to their places, which may be below somebody's floor.
 create or replace function notifyq.advance(queue notifyq.queue, keys text[]) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -630,6 +651,7 @@ set enable_mergejoin = off
 as $$
 declare
     q constant notifyq.queue := advance.queue;
+    rings text[];
 begin
     if cardinality(advance.keys) = 0 then
         return;
@@ -651,12 +673,19 @@ begin
         delete from notifyq.blocked b
         where b.job = any (array(select p.job from picked p))
         returning b.job, b.number, b.attempt, b.priority
+    ), back as (
+        insert into notifyq.ready (queue, priority, number, job, attempt)
+        select q.number, notifyq.line_priority(n.priority, q.ageing),
+            case when q.fair then nextval('notifyq.job_id_seq') else n.number end, n.job, n.attempt
+        from gone n
+        order by n.number
+        returning priority, number
     )
-    insert into notifyq.ready (queue, priority, number, job, attempt)
-    select q.number, notifyq.line_priority(n.priority, q.ageing),
-        case when q.fair then nextval('notifyq.job_id_seq') else n.number end, n.job, n.attempt
-    from gone n
-    order by n.number;
+    select array_agg('r:' || f.priority || ':' || f.number) into rings
+    from (select b.priority, min(b.number) as number from back b group by b.priority) f;
+    if not q.fair and notifyq.somebody_stands_far(q) then
+        perform pg_notify(notifyq.channel(q.number), r.ring) from unnest(rings) r (ring);
+    end if;
 end
 $$;
 

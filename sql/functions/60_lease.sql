@@ -37,6 +37,7 @@ $$;
 -- another number than before when some schedule was made, changed or removed. clock: the server's. serves:
 -- changes when one of the queues it was registered for is made, deleted, paused, resumed or made fair: see served(). fleet: how
 -- many live runtimes are registered for the same, this one included; place: how many of them come before it.
+-- look: false leaves out what reads all that is ready, due and active: held is 0, ready null, and due_in empty.
 --
 -- Locks: the runtime's row.
 create or replace function notifyq.beat(
@@ -44,6 +45,7 @@ create or replace function notifyq.beat(
     queues int[] default '{}',
     lows int[] default null,
     highs int[] default null,
+    look boolean default true,
     out renewed boolean,
     out held int,
     out cancels bigint[],
@@ -78,11 +80,9 @@ begin
     select md5(string_agg(s.number || case when s.paused then ' paused' else '' end || case when s.fair then ' fair' else '' end, ',' order by s.number))
     into serves
     from notifyq.served(registered_for) s;
-    select count(*), coalesce(array_agg(a.job) filter (where a.cancel_requested_at is not null), '{}')
-    into held, cancels
-    from notifyq.active a
-    where a.runtime = beat.runtime;
-    select coalesce(array_agg(n.queue) filter (where n.standing or n.due <= clock_timestamp()), '{}'),
+    cancels := array(select a.job from notifyq.active a where a.runtime = beat.runtime and a.cancel_requested_at is not null);
+    held := (select count(*) from notifyq.active a where a.runtime = beat.runtime and beat.look);
+    select case when beat.look then coalesce(array_agg(n.queue) filter (where n.standing or n.due <= clock_timestamp()), '{}') end,
         coalesce(jsonb_object_agg(n.queue, extract(epoch from n.due - clock_timestamp())) filter (where n.due is not null), '{}')
     into ready, due_in
     from (
@@ -94,6 +94,7 @@ begin
                 and t.priority between coalesce(u.low, -32768) and coalesce(u.high, 32767)
             ) as standing
         from rows from (unnest(beat.queues), unnest(beat.lows), unnest(beat.highs)) u (queue, low, high)
+        where beat.look
     ) n;
     select extract(epoch from min(l.lapses) - clock_timestamp()) into lapse_in
     from (

@@ -144,6 +144,8 @@ create table notifyq.active (
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 -- rescue(), deregister(): what one runtime holds.
 create index active_runtime on notifyq.active (runtime);
+-- beat(): which of those are to be cancelled.
+create index active_cancel on notifyq.active (runtime) where cancel_requested_at is not null;
 -- the blocked_keys view: who holds a key.
 create index active_key on notifyq.active (queue, key) where key is not null;
 

@@ -57,6 +57,8 @@ class Haul:
     jobs: list[Claimed]
     left: bool | None = None
     """Whether there are more tickets; None: not known. See ``claim()`` in ``sql/functions/30_claim.sql``."""
+    due_floor: float | None = None
+    """No ticket that could be seen is due before it, in seconds of the epoch; None: not known."""
 
     def is_full(self, asked_for: int) -> bool:
         """Whether another claim may bring more at once."""
@@ -81,7 +83,7 @@ class Beat:
     renewed: bool
     held: int
     cancels: list[int]
-    ready: list[int]
+    ready: list[int] | None
     due_in: dict[str, float]
     lapse_in: float | None
     schedules: int

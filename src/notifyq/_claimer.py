@@ -26,9 +26,10 @@ from ._watch import Watch
 from .events import JobClaimed, ServerTrouble
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container
+    from collections.abc import Container
 
-    from ._answers import Claimed, Haul, Stance
+    from ._answers import Claimed, Haul
+    from ._claimer_calls import ClaimerCalls
     from .events import Events
 
 __all__ = ["Claimer"]
@@ -40,48 +41,26 @@ class Claimer:
     def __init__(
         self,
         queue: str,
+        calls: ClaimerCalls,
         *,
         capacity: int,
         poll_interval: float | None,
-        claim: Callable[[int, dict[int, int] | None], Awaitable[Haul]],
-        claim_at_once: Callable[[int, Callable[[Haul | Exception], None]], bool],
-        next_due: Callable[[], Awaitable[tuple[float | None, float]]],
-        stand_free: Callable[[], Awaitable[Stance]],
-        stand_busy: Callable[[], object],
-        say_taken: Callable[[str], object],
-        release: Callable[[Claimed], object],
-        gone: Callable[[], object],
         priorities: tuple[int, int] | None = None,
         events: Events,
     ) -> None:
-        """``claim(how_many, floors)`` and ``next_due()`` are the database calls for this queue.
-
-        ``claim_at_once(how_many, answered)`` sends a claim from the beginning without waiting, if that can be done now;
-        ``answered`` then gets the jobs or the error.
-
-        ``stand_free()`` makes senders ring, and says whether all do, and whether there is anything to look for. It raises
-        ``ConnectionLost`` if that can't be. After ``stand_busy()``, which never waits, they do not ring.
-        ``say_taken(numbers)`` tells other runtimes what they need not look for; it never waits.
-
-        ``release`` hands back a job that did not start; it never waits. ``gone`` is called when the queue was not there.
-
-        ``priorities`` are the lowest and the highest that ``claim`` may take.
-        """
+        """``priorities`` are the lowest and the highest that ``calls.claim`` may take."""
         self.queue = queue
         self.bell = Bell()
         self._poll_interval = poll_interval
-        self._claim = claim
-        self._claim_at_once = claim_at_once
-        self._next_due = next_due
-        self._stand_free = stand_free
-        self._stand_busy = stand_busy
-        self._say_taken = say_taken
+        self._begun_at = trio.current_time()
+        self._calls = calls
         self._watch = Watch()
         self.fleet = Fleet()
-        self.hands = Hands(capacity, release)
+        self.hands = Hands(capacity, calls.release)
         self._events = events
         self._floor = Floor(priorities)
-        self._looks = Looks()
+        self.looks = Looks()
+        self._stands_far = False
         self._due = DueTime()
         self._random = random.Random()
         self._resting = False
@@ -90,7 +69,6 @@ class Claimer:
         self._answered = trio.lowlevel.ParkingLot()
         self._refusal: Exception | None = None
         self._ending = False
-        self._gone = gone
         self._paused = False
         self.full_keys: Container[str] = ()
         """Keys of which the last claim left no more to be claimed here: when a job of one of them ends, it looks again."""
@@ -101,15 +79,15 @@ class Claimer:
         """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<due>``, ``t:<taken numbers>``, ``look``."""
         kind, _, rest = payload.partition(":")
         asked = False
-        if self._paused or self._watch.crowded:
+        if self._paused or (self._watch.crowded and kind != "r"):
             return
         try:
             if kind == "r":
-                if not self._floor.heard(rest):
+                if not self._floor.heard(rest) or self._watch.crowded:
                     return
                 now = trio.current_time()
                 if self._watch.rang(self._resting, now):
-                    self._stand_busy()
+                    self._calls.stand_busy()
                 elif self._resting and not self.bell.rung and self.fleet.puts_off(int(rest.rpartition(":")[2]), now):
                     self._rest.deadline = self._wake_at()
                     return
@@ -120,9 +98,11 @@ class Claimer:
                 self._rest.deadline = self._wake_at()
                 return
             elif kind != "d":
-                self._looks.at, self._due.unknown = -math.inf, True
-            elif not self._due.heard(rest):
-                return
+                self.looks.at, self._due.unknown = -math.inf, True
+            else:
+                self._floor.heard_due(rest)
+                if not self._due.heard(rest):
+                    return
         except ValueError:
             pass  # not from our trigger; look anyway
         if not asked:
@@ -146,7 +126,7 @@ class Claimer:
 
     def look_again(self) -> None:
         """Look from the beginning, and for the next due time: notifications may have been missed."""
-        self._looks.at = -math.inf
+        self.looks.at = -math.inf
         self._due.unknown = True
         self.bell.ring()
 
@@ -156,8 +136,11 @@ class Claimer:
             self.bell.ring()
 
     def poll(self) -> None:
-        """The beat saw ready jobs: look, unless the queue's own poll interval says that it is too early."""
-        if self._poll_interval is None or trio.current_time() >= self._looks.at + self._poll_interval:
+        """The beat saw ready jobs, or did not look: look, but not before the poll interval is over, or a dear one is due."""
+        if not self.looks.cheap:
+            self.looks.owed = True
+            self._rest.deadline = self._wake_at()
+        elif self._poll_interval is None or trio.current_time() >= self.looks.at + self._poll_interval:
             self.look_again()
 
     def finished(self, job: Claimed) -> None:
@@ -178,13 +161,13 @@ class Claimer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until cancelled. A claim under way is finished, so that no job is claimed and forgotten."""
         task_status.started()
-        self._begun_at = trio.current_time()
         self.bell.ring()
         try:
             await self._claim_for_ever()
         finally:
             self._ending = True
-            self._stand_busy()
+            self._calls.stand_busy()
+            self._calls.stand_far(False)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT):
                 await self._wait_answered()
 
@@ -201,7 +184,7 @@ class Claimer:
                 failures = 0
             except (NotifyqError, psycopg.Error) as error:
                 if isinstance(error, UnknownQueue):
-                    self._gone()
+                    self._calls.gone()
                 elif failures == 0 and not isinstance(error, NoLease):
                     self._events.emit(ServerTrouble("claim", f"queue {self.queue}: {reason(error)}"))
                 failures += 1
@@ -215,24 +198,24 @@ class Claimer:
         self.bell.clear()
         self._due.learning()
         try:
-            stance = await self._stand_free()
+            stance = await self._calls.stand_free(self._due_floor())
         except ConnectionLost:
             self._due.unknown = True
             return True
         now = trio.current_time()
         self._watch.stood(stance.passed, now)
-        self._due.learned(stance.due, stance.clock, now)
+        self._learned_due(stance.due, stance.clock, now)
         if stance.ready or (stance.due is not None and stance.due <= stance.clock):
             return True
-        self._looks.at, self._looks.owed = now, False
+        self.looks.at, self.looks.owed = now, False
         return False
 
     def _ask(self) -> bool:
         """Send a claim now, before the scheduler comes to any task of ours: that is much of the time from send to start."""
-        if not self._resting or self.bell.rung or self._asked_for or not self._looks.cheap:
+        if not self._resting or self.bell.rung or self._asked_for or not self.looks.cheap:
             return False
         how_many = self.hands.demand()
-        if not how_many or not self._claim_at_once(how_many, self._hear):
+        if not how_many or not self._calls.claim_at_once(how_many, self._hear):
             return False
         self.fleet.looked()
         self._asked_for = how_many
@@ -255,7 +238,7 @@ class Claimer:
             if answer.is_full(asked_for) or len(answer.jobs) > takers:
                 self.bell.ring()
             elif answer.left:
-                self._watch.dry(len(answer.jobs), True, self._looks.at)
+                self._watch.dry(len(answer.jobs), True, self.looks.at)
                 self._rest.deadline = self._wake_at()
 
     async def _wait_answered(self) -> None:
@@ -276,11 +259,11 @@ class Claimer:
             self._resting = False
 
     def _wake_at(self) -> float:
-        looks_at = min(self._watch.look_at, self.fleet.look_at, self._looks.owed_at, self._poll_at())
+        looks_at = min(self._watch.look_at, self.fleet.look_at, self.looks.owed_at, self._poll_at())
         return min(self._due.at, self.hands.shelf.stale_at(), looks_at)
 
     def _poll_at(self) -> float:
-        return max(self._looks.at, self._begun_at) + (math.inf if self._poll_interval is None else self._poll_interval)
+        return max(self.looks.at, self._begun_at) + (math.inf if self._poll_interval is None else self._poll_interval)
 
     async def _drain(self) -> None:
         brought = 0
@@ -288,8 +271,7 @@ class Claimer:
         if self._refusal is not None:
             refusal, self._refusal = self._refusal, None
             raise refusal
-        # One look from the beginning finds all; only when such looks are dear, and no poll is due, is the floor tried first.
-        dry = self._looks.cheap or trio.current_time() >= self._poll_at()
+        dry = self._may_look(trio.current_time())
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()  # under steady load nothing else in here would see it
             how_many = await self.hands.wait_demand()
@@ -297,36 +279,41 @@ class Claimer:
                 return
             self.bell.clear()
             now = trio.current_time()
-            whole = dry or not self._floor.numbers or self._looks.is_due(now)
+            whole = dry or not self._floor.numbers or self.looks.is_due(now)
             self.fleet.looked()
             with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
-                haul = await self._claim(how_many, None if whole else self._floor.numbers)
+                haul = await self._calls.claim(how_many, None if whole else self._floor)
             if patience.cancelled_caught:
                 raise ConnectionLost(f"no answer to a claim within {ANSWER_TIMEOUT:g} s")
             if whole:
                 self._looked(now, how_many, haul)
             else:
-                self._deliver(haul.jobs)
+                self._deliver(haul)
             brought += len(haul.jobs)
             dry = not haul.is_full(how_many)
             if dry:
                 # With a floor that may only mean that the rest lies below it: look before resting, or soon if that is dear.
-                dry = self._looks.cheap or self._looks.is_due(now)
+                dry = self._may_look(now)
                 if (whole or not dry) and not self.bell.rung:
-                    self._looks.owed = not whole
+                    self.looks.owed = not whole
                     self._watch.dry(brought, haul.left, trio.current_time())
                     return
 
     def _looked(self, since: float, how_many: int, haul: Haul) -> None:
         """A claim from the beginning has ended."""
-        self._looks.made(since, trio.current_time())
+        self.looks.made(since, trio.current_time())
+        if self._stands_far is self.looks.cheap:
+            self._stands_far = not self.looks.cheap
+            self._calls.stand_far(self._stands_far)
         if not haul.jobs:
             self._floor.reset()
-        self._deliver(haul.jobs)
+        self._deliver(haul)
         if not haul.is_full(how_many) and not haul.left and (numbers := self.fleet.says()):
-            self._say_taken(numbers)
+            self._calls.say_taken(numbers)
 
-    def _deliver(self, jobs: list[Claimed]) -> None:
+    def _deliver(self, haul: Haul) -> None:
+        self._floor.due = haul.due_floor
+        jobs = haul.jobs
         if self._paused:  # they were claimed before that
             self.hands.release(jobs)
             return
@@ -343,8 +330,19 @@ class Claimer:
     async def _learn_due(self) -> None:
         self._due.learning()
         try:
-            due, server_now = await self._next_due()
+            due, server_now = await self._calls.next_due(self._due_floor())
         except BaseException:
             self._due.unknown = True
             raise
-        self._due.learned(due, server_now, trio.current_time())
+        self._learned_due(due, server_now, trio.current_time())
+
+    def _learned_due(self, due: float | None, server_now: float, now: float) -> None:
+        self._due.learned(due, server_now, now)
+        self._floor.learned_due(due, server_now)
+
+    def _due_floor(self) -> float | None:
+        return None if self._may_look(trio.current_time()) else self._floor.due
+
+    def _may_look(self, now: float) -> bool:
+        """One look from the beginning finds all; when such looks are dear, one has to be due for that."""
+        return self.looks.cheap or self.looks.is_due(now) or now >= self._poll_at()

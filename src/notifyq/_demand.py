@@ -55,11 +55,16 @@ def demand(capacity: int, running: int, buffered: int, per_second: float) -> int
 
 @attrs.define(eq=False)
 class Floor:
-    """Where the live part of the ready index begins, by priority. A hint: looks from the beginning correct it."""
+    """Where the live parts of the ready index, by priority, and of the due times begin.
+
+    A hint: looks from the beginning correct it.
+    """
 
     priorities: tuple[int, int] | None = None
     """The lowest and the highest that are claimed; None: all."""
     numbers: dict[int, int] = attrs.field(factory=dict)
+    due: float | None = None
+    """In the server's time, in seconds of the epoch; None: not known."""
     _samples: dict[int, deque[tuple[float, int]]] = attrs.field(factory=dict)
 
     def heard(self, ring: str) -> bool:
@@ -91,8 +96,18 @@ class Floor:
             while samples and samples[0][0] <= now - TRAIL_SECONDS:
                 self.numbers[priority] = max(self.numbers.get(priority, 0), samples.popleft()[1])
 
+    def heard_due(self, epoch_seconds: str) -> None:
+        """A ticket was written that is due then. Raises ``ValueError`` for what is not a number."""
+        if self.due is not None:
+            self.due = min(self.due, float(epoch_seconds))
+
+    def learned_due(self, due: float | None, server_now: float) -> None:
+        """Then the first ticket was due that could be seen."""
+        trail = server_now - TRAIL_SECONDS
+        self.due = trail if due is None else min(due, trail)
+
     def reset(self) -> None:
-        """Forget everything: the next look from the beginning shows where the live part begins."""
+        """Forget the numbers: the next look from the beginning shows where the live part begins."""
         self.numbers.clear()
         self._samples.clear()
 

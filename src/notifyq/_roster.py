@@ -76,19 +76,26 @@ class Roster:
         """Something was said of queues: look which there are."""
         self._bell.ring()
 
-    def before_beat(self) -> tuple[list[int], list[int | None] | None, list[int | None] | None]:
-        """What the beat is to ask: queue numbers, and the bounds of the priorities that count in each."""
+    def before_beat(self) -> dict[str, Any]:
+        """What the beat is to ask: queue numbers, the bounds of the priorities that count in each, and whether to look.
+
+        It does not while looks are dear: the lease has to be renewed in time. Then the claimers poll.
+        """
         bounds = [worker.priorities or (None, None) for worker in self._serving.values()]
-        if not any(worker.priorities for worker in self._serving.values()):
-            return list(self._serving), None, None
-        return list(self._serving), [low for low, _ in bounds], [high for _, high in bounds]
+        asked: dict[str, Any] = {
+            "queues": list(self._serving),
+            "look": all(worker.claimer.looks.cheap for worker in self._serving.values()),
+        }
+        if any(worker.priorities for worker in self._serving.values()):
+            asked |= {"lows": [low for low, _ in bounds], "highs": [high for _, high in bounds]}
+        return asked
 
     def told(self, beat: Beat) -> None:
         """What a beat said."""
         if beat.renewed and beat.serves != self._told_serves:
             self._told_serves = beat.serves
             self._bell.ring()
-        ready = set(beat.ready)
+        ready = self._serving.keys() if beat.ready is None else set(beat.ready)
         for worker in self.workers:
             worker.cancel(beat.cancels)
             worker.executor.give_up_stuck()

@@ -248,9 +248,9 @@ class Session:
         async with self._pool.connection() as connection:
             return await self._beat_on(connection, asked)
 
-    async def _beat_on(self, connection: TrioConnection, asked: Any) -> Beat:
+    async def _beat_on(self, connection: TrioConnection, asked: dict[str, Any]) -> Beat:
         sent_at = trio.current_time()
-        beat = await self._store.beat(connection, self._id, *asked)
+        beat = await self._store.beat(connection, self._id, **asked)
         self._scheduler.clock.measured(sent_at, trio.current_time(), beat.clock)
         return beat
 

@@ -25,6 +25,7 @@ __all__ = ["Standing"]
 
 @attrs.define(eq=False)
 class _Question:
+    due_floor: float | None
     answer: Stance | None = None
 
 
@@ -36,16 +37,18 @@ class Standing:
         self._store = store
         self._wanted: set[int] = set()
         self._held: set[int] = set()
+        self._far: set[int] = set()
+        self._far_held: set[int] = set()
         self._asked: dict[int, _Question] = {}
         self._taken: list[tuple[int, str]] = []
         self._bell = Bell()
-        listener.on_connected(self._held.clear)
-        listener.on_disconnected(self._held.clear)
+        listener.on_connected(self._connected)
+        listener.on_disconnected(self._lost)
 
-    async def free(self, queue: int) -> Stance:
+    async def free(self, queue: int, due_floor: float | None) -> Stance:
         """Stand free, and learn whether all who send from now on will ring. Raises ``ConnectionLost``."""
         self._wanted.add(queue)
-        question = self._asked.setdefault(queue, _Question())
+        question = self._asked.setdefault(queue, _Question(due_floor))
         await self._listener.call(self._answer)
         if question.answer is None:
             raise ConnectionLost("the listening connection broke")
@@ -55,6 +58,15 @@ class Standing:
         """Stand free no longer, soon: until then senders ring in vain."""
         self._wanted.discard(queue)
         self._bell.ring()
+
+    def far(self, queue: int, far: bool) -> None:
+        """Stand far, soon: looks from the beginning are dear to this process. Or no longer."""
+        if far:
+            self._far.add(queue)
+        else:
+            self._far.discard(queue)
+        if self._far != self._far_held:
+            self._bell.ring()
 
     def say_taken(self, queue: int, numbers: str) -> None:
         """Tell the other runtimes, soon, that they need not look for these tickets."""
@@ -76,7 +88,9 @@ class Standing:
         asked, self._asked = self._asked, {}
         if not asked:  # with somebody else's question
             return
-        stances = await self._store.stand_free(connection, list(asked), [queue in self._held for queue in asked])
+        held = [queue in self._held for queue in asked]
+        due_floors = [question.due_floor for question in asked.values()]
+        stances = await self._store.stand_free(connection, list(asked), held, due_floors)
         for queue, stance in stances.items():
             asked[queue].answer = stance
             if stance.stands:
@@ -91,3 +105,16 @@ class Standing:
         if gone := self._held - self._wanted:
             self._held -= gone
             await self._store.stand_busy(connection, list(gone))
+        if changed := list(self._far ^ self._far_held):
+            self._far_held = set(self._far)
+            await self._store.stand_far(connection, changed, [queue in self._far_held for queue in changed])
+
+    def _connected(self) -> None:
+        self._lost()
+        if self._far:
+            self._bell.ring()
+
+    def _lost(self) -> None:
+        """Its locks have gone with the connection."""
+        self._held.clear()
+        self._far_held.clear()

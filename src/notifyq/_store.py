@@ -239,12 +239,16 @@ class Store(Claims, Serving):
                 await cursor.execute(statement + sql.SQL(" order by 1"))
                 return await cursor.fetchall()
 
-    async def next_due(self, connection: TrioConnection, queue: int) -> tuple[float | None, float]:
-        """The next due time of a queue and the server's clock, both in seconds of the epoch."""
+    async def next_due(
+        self, connection: TrioConnection, queue: int, due_floor: float | None = None
+    ) -> tuple[float | None, float]:
+        """The next due time of a queue that is not before the floor, and the server's clock: seconds of the epoch."""
         row: tuple[float | None, float] = await self._calls.row(
             connection,
-            "select extract(epoch from {s}.next_due($1))::float8, extract(epoch from clock_timestamp())::float8",
+            "select extract(epoch from {s}.next_due($1, coalesce(to_timestamp($2), '-infinity')))::float8,"
+            " extract(epoch from clock_timestamp())::float8",
             queue,
+            due_floor,
         )
         return row
 

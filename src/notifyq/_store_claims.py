@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ._calls import Bound, Calls
     from ._connection import TrioConnection
+    from ._demand import Floor
 
 __all__ = ["Claims", "Priorities"]
 
@@ -26,7 +27,8 @@ _COLUMNS: LiteralString = (
 _CLAIM_BY_HAND: LiteralString = _COLUMNS + " from {s}.claim($1, $2, null, make_interval(secs => $3)) c"
 _CLAIM: LiteralString = _COLUMNS + " from {s}.claim($1, $2, $3::uuid, durably => $4, look => true) c"
 _CLAIM_FROM: LiteralString = (
-    _COLUMNS + " from {s}.claim($1, $2, $3::uuid, null, $5::smallint[], $6::bigint[], durably => $4, look => true) c"
+    _COLUMNS + " from {s}.claim($1, $2, $3::uuid, null, $5::smallint[], $6::bigint[], durably => $4, look => true,"
+    " due_floor => to_timestamp($7::float8)) c"
 )
 _CLAIM_SOME: LiteralString = (
     _COLUMNS + " from {s}.claim($1, $2, $3::uuid, durably => $4, look => true,"
@@ -58,15 +60,15 @@ class Claims:
         how_many: int,
         runtime: UUID,
         *,
-        floors: Mapping[int, int] | None,
+        floor: Floor | None,
         durably: bool,
     ) -> Haul:
         """Claim jobs. ``durably=False``: a crash of the server may forget the claim, and the jobs run again."""
-        if floors is None:
+        if floor is None:
             return await self.run_claim(connection, self.bind_claim(queue, how_many, runtime, durably=durably))
-        priorities = sorted(floors, reverse=True)
-        numbers = [floors[priority] for priority in priorities]
-        claim = self._calls.bind(_CLAIM_FROM, queue, how_many, runtime, durably, priorities, numbers)
+        priorities = sorted(floor.numbers, reverse=True)
+        numbers = [floor.numbers[priority] for priority in priorities]
+        claim = self._calls.bind(_CLAIM_FROM, queue, how_many, runtime, durably, priorities, numbers, floor.due)
         return await self.run_claim(connection, claim)
 
     async def run_claim(self, connection: TrioConnection, claim: Bound) -> Haul:
@@ -80,11 +82,11 @@ class Claims:
     @staticmethod
     def haul(rows: list[Any]) -> Haul:
         """What the rows of a claim say."""
-        *claimed, (_, left, _, _, _, _, now, *_) = rows
+        *claimed, (_, left, _, _, _, due_floor, now, *_) = rows
         jobs = [Claimed(*row) for row in claimed]
         for job in jobs:
             job.as_of = now
-        return Haul(jobs, None if left is None else bool(left))
+        return Haul(jobs, None if left is None else bool(left), due_floor)
 
     def bind_claim(
         self,

@@ -39,28 +39,46 @@ class Serving:
         queues: Sequence[int],
         lows: Sequence[int | None] | None = None,
         highs: Sequence[int | None] | None = None,
+        *,
+        look: bool = True,
     ) -> Beat:
-        """Beat. Of the i-th queue only jobs with priorities from ``lows[i]`` to ``highs[i]`` count as ready."""
+        """Beat, and ``look`` what is ready.
+
+        Of the i-th queue only jobs with priorities from ``lows[i]`` to ``highs[i]`` count.
+        """
         statement: LiteralString = (
             "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock, serves, fleet, place"
-            " from {s}.beat($1::uuid, $2::int[], $3::int[], $4::int[])"
+            " from {s}.beat($1::uuid, $2::int[], $3::int[], $4::int[], $5)"
         )
-        return Beat(*await self._calls.row(connection, statement, runtime, queues, lows, highs))
+        return Beat(*await self._calls.row(connection, statement, runtime, queues, lows, highs, look))
 
     async def stand_free(
-        self, connection: TrioConnection, queues: Sequence[int], held: Sequence[bool]
+        self,
+        connection: TrioConnection,
+        queues: Sequence[int],
+        held: Sequence[bool],
+        due_floors: Sequence[float | None],
     ) -> dict[int, Stance]:
-        """Stand free for these queues, on the listening connection; ``held``: for which of them it does so already."""
+        """Stand free for these queues, on the listening connection; ``held``: for which of them it does so already.
+
+        ``due_floors``: not None where looks from the beginning are dear.
+        """
         rows = await self._calls.rows(
             connection,
-            "select queue, stands, passed, ready, due, clock from {s}.stand_free($1::int[], $2::boolean[])",
+            "select queue, stands, passed, ready, due, clock from {s}.stand_free($1::int[], $2::boolean[],"
+            " array(select to_timestamp(u.due_floor) from unnest($3::float8[]) u (due_floor)))",
             queues,
             held,
+            due_floors,
         )
         return {queue: Stance(*rest) for queue, *rest in rows}
 
     async def stand_busy(self, connection: TrioConnection, queues: Sequence[int]) -> None:
         await self._calls.rows(connection, "select {s}.stand_busy($1::int[])", queues)
+
+    async def stand_far(self, connection: TrioConnection, queues: Sequence[int], far: Sequence[bool]) -> None:
+        """Say on the listening connection for which queues looks from the beginning are dear from now on, or no longer."""
+        await self._calls.rows(connection, "select {s}.stand_far($1::int[], $2::boolean[])", queues, far)
 
     async def pause(self, connection: TrioConnection, queue: str) -> bool:
         return bool(await self._calls.value(connection, "select {s}.pause($1)", queue))

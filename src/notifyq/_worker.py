@@ -11,6 +11,7 @@ import trio
 
 from ._answers import Haul
 from ._claimer import Claimer
+from ._claimer_calls import ClaimerCalls
 from ._connection import ANSWER_TIMEOUT, answered_within
 from ._executor import Executor
 from ._models import Discarded, Released
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ._answers import Claimed, QueueInfo
     from ._atomic import Atomic
     from ._calls import Bound
+    from ._demand import Floor
     from ._listener import Listener
     from ._lock import QuickLock
     from ._middleware import Middleware
@@ -75,16 +77,19 @@ class QueueWorker:
         self._turn = turn
         self.claimer = Claimer(
             queue.name,
+            ClaimerCalls(
+                claim=self._claim,
+                claim_at_once=self._claim_at_once,
+                next_due=self._next_due,
+                stand_free=partial(standing.free, info.number),
+                stand_busy=partial(standing.busy, info.number),
+                stand_far=partial(standing.far, info.number),
+                say_taken=partial(standing.say_taken, info.number),
+                release=self._release,
+                gone=gone,
+            ),
             capacity=worker.concurrency * worker.batch_size,
             poll_interval=worker.poll_interval,
-            claim=self._claim,
-            claim_at_once=self._claim_at_once,
-            next_due=self._next_due,
-            stand_free=partial(standing.free, info.number),
-            stand_busy=partial(standing.busy, info.number),
-            say_taken=partial(standing.say_taken, info.number),
-            release=self._release,
-            gone=gone,
             priorities=worker.priorities,
             events=events,
         )
@@ -167,16 +172,16 @@ class QueueWorker:
 
     # A claim that a crash of the server forgets is made again; without retries it must not run twice: claim durably.
 
-    async def _claim(self, how_many: int, floors: dict[int, int] | None) -> Haul:
+    async def _claim(self, how_many: int, floor: Floor | None) -> Haul:
         async with self._turn, self._pool.connection() as connection:
             lease_number = self._before_claim()
             self.claiming_since = trio.current_time()
             try:
-                if self._key_limit is not None or (floors is None and self.priorities is not None):
+                if self._key_limit is not None or (floor is None and self.priorities is not None):
                     haul = await self._store.run_claim(connection, self._bind(how_many))
                 else:
                     haul = await self._store.claim(
-                        connection, self.queue.name, how_many, self._runtime, floors=floors, durably=self._durably
+                        connection, self.queue.name, how_many, self._runtime, floor=floor, durably=self._durably
                     )
             finally:
                 self.claiming_since = math.inf
@@ -242,9 +247,9 @@ class QueueWorker:
         for job in jobs:
             if job.id in self._cancelled:
                 self._discard(job)
-        return Haul([job for job in jobs if job.id not in self._cancelled], haul.left)
+        return Haul([job for job in jobs if job.id not in self._cancelled], haul.left, haul.due_floor)
 
-    async def _next_due(self) -> tuple[float | None, float]:
+    async def _next_due(self, due_floor: float | None) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:
             with answered_within(ANSWER_TIMEOUT):
-                return await self._store.next_due(connection, self.info.number)
+                return await self._store.next_due(connection, self.info.number, due_floor)

@@ -12,6 +12,7 @@ import notifyq
 from notifyq import Job, Queue
 from notifyq._answers import Haul, Stance
 from notifyq._claimer import Claimer
+from notifyq._claimer_calls import ClaimerCalls
 from notifyq._listener import Listener
 from notifyq._worker import QueueWorker
 from notifyq.events import Events, JobClaimed, JobCompleted, ListenerDown, ListenerUp, ServerTrouble
@@ -275,29 +276,27 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
         await gate.wait()
         return Haul(["one", "two"] if not released else [])
 
-    async def next_due() -> tuple[None, float]:
+    async def next_due(_due_floor: float | None) -> tuple[None, float]:
         return None, 0.0
 
-    async def stand_free() -> Stance:
+    async def stand_free(_due_floor: float | None) -> Stance:
         return Stance(stands=True, passed=True, ready=True, due=None, clock=0.0)
 
     def claim_at_once(_how_many: int, _answered: Callable[[Haul | Exception], None]) -> bool:
         return False
 
-    claimer = Claimer(
-        "q",
-        capacity=3,
-        poll_interval=None,
+    calls = ClaimerCalls(
         claim=claim,
         claim_at_once=claim_at_once,
         next_due=next_due,
         stand_free=stand_free,
         stand_busy=lambda: None,
+        stand_far=lambda _: None,
         say_taken=lambda _: None,
         release=released.append,
         gone=lambda: None,
-        events=Events(),
     )
+    claimer = Claimer("q", calls, capacity=3, poll_interval=None, events=Events())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(claimer.run)
         await asked.wait()

@@ -18,7 +18,7 @@ from notifyq._fleet import Fleet
 from notifyq._opening import open_connection
 from notifyq._watch import MOST_RINGS, RINGS, Watch
 from notifyq._worker import QueueWorker
-from notifyq.events import JobCompleted
+from notifyq.events import JobCompleted, ListenerUp
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -375,6 +375,45 @@ async def test_a_poll_looks_from_the_beginning_once_an_interval_though_that_is_d
     monkeypatch.setattr(QueueWorker, "_before_claim", counted)
     await until(lambda: len(claims) >= 5)
     assert claims[4] - claims[0] >= 0.79
+
+
+@pytest.mark.parametrize("reconnected", [False, True])
+async def test_what_an_end_puts_back_below_the_floor_is_claimed_though_nobody_stood_free(
+    start, nq, connection, monkeypatch, reconnected
+):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    queue = Queue("q", int, int, policy="singleton")
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    held = await nq.send(queue, 1, key="k")
+    await connection.execute(b"select notifyq.claim('q')")
+    await nq.send(queue, 0, key="0")
+    seen = await start(queue, lease=HOUR)
+    await seen.wait(JobCompleted)  # which a look from the beginning brought
+    await nq.send(queue, 2, key="k")
+    blocked = b"select exists (select from notifyq.blocked)"
+    with trio.fail_after(10):
+        while await (await connection.execute(blocked)).fetchone() == (False,):
+            await trio.sleep(0.01)
+    if reconnected:
+        await connection.execute(
+            b"select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'notifyq listener'"
+        )
+        await seen.wait(ListenerUp, 2)
+    for number in range(3, 6):
+        await nq.send(queue, number, key=str(number))
+        await seen.wait(JobCompleted, number - 1)
+    rang = "select set_config('notifyq.rang_ready', jsonb_build_object(number, 32767)::text, true) from notifyq.queue"
+    async with connection.transaction():
+        await connection.execute(rang.encode())
+        await connection.execute(b"select notifyq.complete(%s)", (held.id,))
+    await seen.wait(JobCompleted, 5, seconds=5)
 
 
 def test_looking_by_itself_is_tried_sooner_when_it_pays_and_later_when_it_does_not():

@@ -52,7 +52,7 @@ def stand_free(other, queue, store):
     held: list[bool] = []
 
     async def stand_free() -> Any:
-        stance = (await store.stand_free(other, [queue], [bool(held)]))[queue]
+        stance = (await store.stand_free(other, [queue], [bool(held)], [None]))[queue]
         held.append(stance.stands)
         return stance
 

@@ -45,6 +45,7 @@ FUNCTIONS = """
     served(names)                  worker             definer: reads queues
     stand_free(queues)             worker             definer: reads tickets
     stand_busy(queues)             worker
+    stand_far(queues)              worker
     schedules_ahead(besides)       worker             definer: reads schedules
     fire(schedule)                 worker             definer: changes a schedule, makes jobs
     keep_schedule_error(schedule)  worker             definer: changes a schedule
@@ -98,8 +99,8 @@ OWNERS = """
     line_number line_priority line_up lock_gate lock_gates lock_waiting next_multiple options_fit outstanding
     parents_ended promote put_schedule queue_name queue_option_names rate_add rate_next rate_room recover redrivable
     refuse_claim refuse_time release_heads reserve revive revoke_role rights ring_look ring_ready ring_scheduled
-    send_each send_one sift somebody_may_come stand_behind take_ready take_turns tell_queues tell_runtimes unreserve
-    with_options
+    send_each send_one sift somebody_may_come somebody_stands_far stand_behind take_ready take_turns tell_queues
+    tell_runtimes unreserve with_options
 """
 
 VIEWS = {

@@ -23,6 +23,7 @@ from notifyq._backoff import BASE, CAP, reconnect_delay
 from notifyq._batcher import Batcher
 from notifyq._bell import Bell
 from notifyq._claimer import Claimer
+from notifyq._claimer_calls import ClaimerCalls
 from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, Looks, Rate, demand
 from notifyq._errors import NoLease
@@ -81,6 +82,23 @@ def test_the_floor_trails_the_head_by_a_second_and_a_ring_lowers_it():
     floor.lower(3, 7)
     floor.lower(0, 40)
     assert floor.numbers == {0: 5, 3: 7}
+
+
+def test_the_floor_of_due_times_follows_what_is_due_and_a_ring_lowers_it():
+    floor = Floor()
+    floor.heard_due("5.0")
+    assert floor.due is None  # nothing is known: from the beginning
+    floor.learned_due(None, 100.0)
+    assert floor.due == 99.0
+    floor.learned_due(200.0, 110.0)
+    assert floor.due == 109.0
+    floor.heard_due("90.5")
+    floor.heard_due("95.0")
+    assert floor.due == 90.5
+    floor.learned_due(105.0, 120.0)
+    assert floor.due == 105.0
+    with pytest.raises(ValueError, match="soon"):
+        floor.heard_due("soon")
 
 
 def test_looks_are_dear_once_two_in_a_row_took_long():
@@ -369,26 +387,32 @@ def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[An
     async def claim(_how_many: int, _floors: Any) -> Haul:
         return Haul([])
 
-    async def next_due() -> tuple[None, float]:
+    async def next_due(_due_floor: float | None) -> tuple[None, float]:
         return None, 0.0
 
-    async def stand_free() -> Stance:
+    async def stand_free(_due_floor: float | None) -> Stance:
         return Stance(stands=True, passed=True, ready=False, due=None, clock=0.0)
 
-    return Claimer(
-        "q",
-        capacity=3,
-        poll_interval=None,
+    calls = ClaimerCalls(
         claim=claim,
         claim_at_once=claim_at_once,
         next_due=next_due,
         stand_free=stand_free,
         stand_busy=lambda: None,
+        stand_far=lambda _: None,
         say_taken=lambda _: None,
         release=release,
         gone=lambda: None,
-        events=Events(),
     )
+    return Claimer("q", calls, capacity=3, poll_interval=None, events=Events())
+
+
+async def test_a_ring_lowers_the_floor_also_of_one_that_looks_by_itself():
+    claimer = claimer_of_nothing(lambda _how_many, _answered: False, lambda _: None)
+    for number in range(100, 0, -1):
+        claimer.heard(f"r:0:{number}")
+    assert claimer._watch.crowded
+    assert claimer._floor.numbers == {0: 1}
 
 
 @pytest.mark.parametrize("answer", [NoLease("stopping"), psycopg.OperationalError("gone"), [claimed(1), claimed(2)]])
@@ -420,7 +444,7 @@ async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_han
     assert claimer.hands.shelf.take_back() == (answer if isinstance(answer, list) else [])
 
 
-def test_a_job_that_is_dropped_before_it_starts_leaves_its_place_to_the_next_of_its_key():
+async def test_a_job_that_is_dropped_before_it_starts_leaves_its_place_to_the_next_of_its_key():
     claimer = claimer_of_nothing(lambda *_: False, lambda _: None)
     claimer.full_keys = {""}
     claimer.hands.shelf.put([claimed(1), claimed(2)])

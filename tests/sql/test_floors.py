@@ -1,0 +1,165 @@
+"""What claims and looks leave out where a snapshot that somebody holds open makes looking from the beginning dear."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from notifyq._demand import Floor
+from notifyq._opening import open_connection
+
+if TYPE_CHECKING:
+    from notifyq._connection import TrioConnection
+
+
+@pytest.fixture
+def ask(connection: TrioConnection):
+    async def ask(statement: str, *parameters: object) -> list:
+        cursor = await connection.execute(statement.encode(), parameters or None)
+        return await cursor.fetchall() if cursor.description else []
+
+    return ask
+
+
+@pytest.fixture
+def queue(ask):
+    async def queue(**options: Any) -> int:
+        await ask("select notifyq.create_queue('q', %s)", json.dumps({"retry_delay": 0, **options}))
+        return (await ask("select number from notifyq.queue"))[0][0]
+
+    return queue
+
+
+@pytest.fixture
+async def claim(connection, store, ask):
+    """What is claimed, and the due_floor of the next claim as seconds from now."""
+    [(runtime,)] = await ask("select gen_random_uuid()")
+    await ask("select notifyq.register(%s, '{q}')", runtime)
+
+    async def claim(floor: Floor | None = None) -> tuple[list[int], float | None]:
+        haul = await store.claim(connection, "q", 10, runtime, floor=floor, durably=True)
+        [(now,)] = await ask("select extract(epoch from clock_timestamp())::float8")
+        return [job.id for job in haul.jobs], haul.due_floor - now
+
+    return claim
+
+
+async def make_due(ask: Any, seconds_ago: float) -> int:
+    [(job,)] = await ask("select notifyq.send('q', delay => '100 s')")
+    await ask(
+        "update notifyq.scheduled set due_at = now() - make_interval(secs => %s) where job = %s", seconds_ago, job
+    )
+    return job
+
+
+async def epoch(ask: Any, seconds_ago: float) -> float:
+    [(moment,)] = await ask("select extract(epoch from now())::float8")
+    return moment - seconds_ago
+
+
+async def test_a_claim_from_a_floor_leaves_out_what_was_due_before_it(queue, claim, ask):
+    await queue()
+    late, early = await make_due(ask, 60), await make_due(ask, 10)
+    floor = Floor(numbers={0: 0}, due=await epoch(ask, 30))
+    jobs, due_floor = await claim(floor)
+    assert jobs == [early]
+    assert due_floor == pytest.approx(-10, abs=5)
+    jobs, due_floor = await claim(floor)
+    assert jobs == []
+    assert due_floor == pytest.approx(-1, abs=0.9)
+    jobs, due_floor = await claim()
+    assert jobs == [late]
+    assert due_floor == pytest.approx(-60, abs=5)
+
+
+async def test_a_floor_stays_below_what_is_due_next_and_a_second_back(queue, claim, ask):
+    await queue()
+    assert (await claim())[1] == pytest.approx(-1, abs=0.9)
+    await ask("select notifyq.send('q', delay => '100 s')")
+    assert (await claim())[1] == pytest.approx(-1, abs=0.9)
+    assert (await claim(Floor(numbers={0: 0}, due=await epoch(ask, 0))))[1] == pytest.approx(-1, abs=0.9)
+
+
+async def test_what_is_due_next_is_asked_for_from_a_floor(queue, ask):
+    number = await queue()
+    for seconds in (60, 10):
+        await make_due(ask, seconds)
+    floor = await epoch(ask, 30)
+    due = "select extract(epoch from notifyq.next_due(%s, to_timestamp(%s)) - now())::float8"
+    assert await ask(due, number, floor) == [(pytest.approx(-10, abs=5),)]
+    due = "select extract(epoch from notifyq.next_due(%s) - now())::float8"
+    assert await ask(due, number) == [(pytest.approx(-60, abs=5),)]
+
+
+async def test_who_stands_free_with_a_floor_looks_only_at_what_was_due_since(queue, store, other, ask):
+    number = await queue()
+    await make_due(ask, 60)
+    [stance] = (await store.stand_free(other, [number], [False], [await epoch(ask, 30)])).values()
+    assert (stance.ready, stance.due) == (True, None)
+    [stance] = (await store.stand_free(other, [number], [True], [None])).values()
+    assert (stance.ready, stance.due) == (False, pytest.approx(await epoch(ask, 60), abs=5))
+
+
+@pytest.mark.parametrize(
+    ("options", "found"), [({"key_limit": 1}, False), ({"fair": True}, False), ({"policy": "ordered"}, True)]
+)
+async def test_a_claim_with_rules_leaves_out_what_is_below_its_floor_unless_the_order_is_strict(
+    queue, claim, ask, options, found
+):
+    await queue(**options)
+    [(below,)] = await ask("select notifyq.send('q', key => 'a')")
+    [(high,)] = await ask("select notifyq.send('q', key => 'b', priority => 5)")
+    [(above,)] = await ask("select notifyq.send('q', key => 'c')")
+    jobs, _ = await claim(Floor(numbers={0: above, 5: 0}))
+    assert jobs == ([high, below, above] if found else [high, above])
+    assert (await claim())[0] == ([] if found else [below])
+
+
+async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(queue, store, claim, ask, dsn, other):
+    number = await queue(policy="singleton")
+    payloads: list[str] = []
+    listener = await open_connection(dsn)
+    listener.add_notify_handler(lambda notification: payloads.append(notification.payload))
+    [(channel,)] = await ask("select notifyq.channel(%s)", number)
+    await listener.execute(f'listen "{channel}"'.encode())
+
+    async def rung_by_an_end() -> list[str]:
+        jobs = [(await ask("select notifyq.send('q', key => 'k')"))[0][0] for _ in range(2)]
+        assert (await claim())[0] == jobs[:1]
+        for job in jobs:
+            ended = "select notifyq.complete(array[a.job], runtime => a.runtime) from notifyq.active a where a.job = %s"
+            assert await ask(ended, job) == [([job],)]
+            assert (await claim())[0] in (jobs[1:], [])
+        await listener.execute(f"notify \"{channel}\", 'end'".encode())
+        with trio.fail_after(20):
+            while "end" not in payloads:
+                await listener.wait_input()
+        rung, payloads[:] = [payload for payload in payloads if payload != "end"], []
+        return [payload.replace(f":{jobs[1]}", ":second") for payload in rung]
+
+    assert await rung_by_an_end() == []
+    await store.stand_far(other, [number], [True])
+    assert await rung_by_an_end() == ["r:0:second"]
+    await ask("select notifyq.update_queue('q', '{\"bell\": \"never\"}')")
+    assert await rung_by_an_end() == []
+    await ask("select notifyq.update_queue('q', '{\"bell\": \"quiet\"}')")
+    await store.stand_far(other, [number], [False])
+    assert await rung_by_an_end() == []
+    await listener.close()
+
+
+async def test_a_beat_that_does_not_look_still_tells_of_cancel_requests(queue, connection, store, claim, ask):
+    number = await queue()
+    jobs = [(await ask("select notifyq.send('q')"))[0][0] for _ in range(2)]
+    assert (await claim())[0] == jobs
+    await ask("select notifyq.send('q'), notifyq.send('q', delay => '100 s')")
+    [(runtime,)] = await ask("select id from notifyq.runtime")
+    await ask("select notifyq.cancel(%s)", jobs[1])
+    beat = await store.beat(connection, runtime, [number], look=False)
+    assert (beat.renewed, beat.held, beat.cancels, beat.ready, beat.due_in) == (True, 0, [jobs[1]], None, {})
+    beat = await store.beat(connection, runtime, [number])
+    assert (beat.renewed, beat.held, beat.cancels, beat.ready) == (True, 2, [jobs[1]], [number])
+    assert beat.due_in == {str(number): pytest.approx(100, abs=5)}
