@@ -7,7 +7,8 @@ the poll would wake that one. The steps are the functions of sql/functions/20_be
   its ticket is visible, after that its *pending* is gone, and then its notification arrives. Or it is rolled back.
 - a claimer takes *free*, tests *pending* (``stand_free``), claims what it sees and nobody holds (``claim``), sees whether
   tickets are left (``look``), and sleeps if it was told and none are; else it looks again. A claim may be undone, and
-  its claimer die, at each step; its locks go with it. One that has more to do than it can lets go of *free* for a while.
+  its claimer die, at each step; its locks go with it. One that has more to do than it can lets go of *free* for a while,
+  also if rings made it so while the answer to its ``stand_free`` was on its way (``Watch.stood``).
 
 A test of a lock takes it and gives it back: two steps, between which others fail to take it.
 """
@@ -60,6 +61,7 @@ class Rules(NamedTuple):
     looks_after_test: bool = True
     rings_in_doubt: bool = True
     minds_what_is_left: bool = True
+    minds_the_crowd: bool = True
     most_deaths: int = 1
 
 
@@ -123,6 +125,9 @@ def claimer_steps(state: State, number: int, rules: Rules) -> Iterator[State]:
             after = "claim" if rules.looks_after_test else "sleep"
             after = after if rules.free_before_test else "free"
             yield with_claimer(state, number, to(at=after, passed=True))._replace(tests_pending=None)
+            if claimer.rung:  # so often that it has let go of free before it hears the answer
+                at, passed = ("busy", False) if rules.minds_the_crowd else (after, True)
+                yield with_claimer(state, number, to(at=at, free=False, passed=passed))._replace(tests_pending=None)
         case "claim":
             held = frozenset[int]().union(*(other.holds for other in state.claimers))
             yield with_claimer(state, number, to(at="claimed", rung=False, holds=state.visible - held))
@@ -201,6 +206,7 @@ def test_no_order_of_steps_forgets_a_job(senders, claimers):
         {"looks_after_test": False},
         {"rings_in_doubt": False},
         {"minds_what_is_left": False},
+        {"minds_the_crowd": False},
     ],
 )
 def test_each_rule_is_needed(left_out):
