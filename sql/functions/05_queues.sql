@@ -351,7 +351,11 @@ begin
         from gone g
         join notifyq.job j on j.id = g.job
         order by g.job;
-        update notifyq.key k set turn = null where k.queue = q.number and k.generation = (select notifyq.generation(q.number)) and k.turn is not null;
+        update notifyq.key k
+        set turn = null
+        where k.queue = q.number
+        and k.generation = (select notifyq.generation(q.number))
+        and k.turn is not null;
     end if;
     -- Counted anew: what was active before there was a gate, or while another limit held, counts. Starts
     -- that a rate has counted stay counted while its period is the same.

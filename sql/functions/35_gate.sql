@@ -79,10 +79,10 @@ begin
 end
 $$;
 
--- The generation that the keys of a queue are of, see renew_keys(). Asked for anew by each statement that can come after a renewal; as
--- (select generation()), so that it is asked for once.
+-- The generation that a queue's keys are of, see renew_keys(). To be asked for by each statement anew if there may have been a
+-- renewal since; as (select generation()), so that it is asked once.
 --
--- The highest one first: what is dead of those before is not met, however many there are.
+-- From the highest down: what is dead of those before is not met, however many they are.
 create or replace function notifyq.generation(queue int) returns int
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -339,7 +339,8 @@ as $$
 #variable_conflict use_column
 declare
     q constant notifyq.queue := sift.queue;
-    generation_now constant int := notifyq.generation(q.number);
+    -- As generation() says, which costs more.
+    generation_now constant int := (select g.generation from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1);
     by_key constant boolean := q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0;
     full_keys constant text[] := array(select w.key from jsonb_each(sift.at_work) w where w.value::int >= sift.key_limit);
     front notifyq.ready[];
@@ -470,18 +471,16 @@ $$;
 create or replace function notifyq.count_starts(queue notifyq.queue, started_keys text[], moment timestamptz) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
-set jit = off
-set enable_seqscan = off
-set enable_bitmapscan = off
 as $$
 declare
     q constant notifyq.queue := count_starts.queue;
-    read bigint := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass);
+    read bigint;
     changed int;
 begin
     if q.key_rate_limit is null or cardinality(count_starts.started_keys) = 0 then
         return;
     end if;
+    read := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass);
     insert into notifyq.key (queue, generation, key, starts, counts)
     select q.number, (select notifyq.generation(q.number)), s.key, r.starts, r.counts
     from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
@@ -492,7 +491,10 @@ begin
         from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], q.key_rate_period, clock_timestamp(), count_starts.moment) r
     );
     get diagnostics changed = row_count;
-    perform notifyq.renew_worn_keys(q, pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass) - read, changed);
+    read := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass) - read;
+    if read > 16 * changed then
+        perform notifyq.renew_worn_keys(q, read, changed);
+    end if;
 end
 $$;
 
@@ -785,7 +787,8 @@ set enable_mergejoin = off
 as $$
 declare
     q constant notifyq.queue := free_keys.queue;
-    generation_now constant int := notifyq.generation(q.number);
+    -- As generation() says, which costs more.
+    generation_now constant int := (select g.generation from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1);
     read bigint := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass);
     changed int;
 begin
@@ -803,16 +806,18 @@ begin
     and k.key = any (free_keys.keys)
     and k.held <= 0
     and k.starts is null;
-    perform notifyq.renew_worn_keys(q, read, changed);
+    if read > 16 * changed then
+        perform notifyq.renew_worn_keys(q, read, changed);
+    end if;
 end
 $$;
 
--- Renews the keys of a queue when looking them up has become dear: looking up so many keys, each of which has one row, has
--- read so many entries of their index (by the server's own count: it is none if track_counts is off). That is so only where
--- dead rows may not go yet, since a snapshot is held open.
+-- Renews the keys of a queue where that pays: looking up so many keys, each of which has one row, has read so many entries of
+-- their index. Call it if they are more than 16 a key: so many there are only where dead rows may not go, since a snapshot is held
+-- open. Counted by the server itself; it never counts where track_counts is off.
 --
--- It pays when what was read for nothing since the last time, which grows with the square of this, is more than the
--- work of moving the keys: all of them, however few are looked up at a time.
+-- What was read for nothing since the last time grows with the square of this; it pays when that is more than the work of
+-- moving the keys: all of them, however few are looked up at a time.
 create or replace function notifyq.renew_worn_keys(queue notifyq.queue, read bigint, keys int) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -824,8 +829,7 @@ declare
     q constant notifyq.queue := renew_worn_keys.queue;
     effort constant float8 := renew_worn_keys.read::float8 ^ 2 / 100 / greatest(renew_worn_keys.keys, 1);
 begin
-    if effort > 3 * renew_worn_keys.keys
-        and effort > (select g.keys from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1)
+    if effort > (select g.keys from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1)
         -- In an old snapshot keys that are new could not be seen, and would stay behind.
         and current_setting('transaction_isolation') = 'read committed'
     then
