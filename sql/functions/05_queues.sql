@@ -339,6 +339,7 @@ begin
             delete from notifyq.scheduled s
             using notifyq.key k
             where k.queue = q.number
+            and k.generation = (select notifyq.generation(q.number))
             and s.job = k.turn
             and s.due_at = notifyq.rate_next(k.starts, was.key_rate_period, clock_timestamp())
             returning s.job, s.attempt
@@ -350,31 +351,38 @@ begin
         from gone g
         join notifyq.job j on j.id = g.job
         order by g.job;
-        update notifyq.key k set turn = null where k.queue = q.number and k.turn is not null;
+        update notifyq.key k
+        set turn = null
+        where k.queue = q.number
+        and k.generation = (select notifyq.generation(q.number))
+        and k.turn is not null;
     end if;
     -- Counted anew: what was active before there was a gate, or while another limit held, counts. Starts
     -- that a rate has counted stay counted while its period is the same.
     delete from notifyq.key k
     where k.queue = q.number
+    and k.generation = (select notifyq.generation(q.number))
     and k.head is null
     and (k.starts is null or q.key_rate_period is distinct from was.key_rate_period);
     update notifyq.key k
     set held = 0
     where k.queue = q.number
+    and k.generation = (select notifyq.generation(q.number))
     and k.head is null;
-    insert into notifyq.key (queue, key, held)
-    select q.number, a.key, count(*)
+    insert into notifyq.key (queue, generation, key, held)
+    select q.number, (select notifyq.generation(q.number)), a.key, count(*)
     from notifyq.active a
     where a.queue = q.number
     and a.key is not null
     and q.slots is not null
     group by a.key
     on conflict on constraint key_pkey do update set held = excluded.held;
-    insert into notifyq.gate (queue, held)
-    select q.number, (select count(*) from notifyq.active a where a.queue = q.number)
-    on conflict (queue) do update set held = excluded.held, next_start_at = null,
-        starts = case when q.rate_period = was.rate_period then gate.starts end,
-        counts = case when q.rate_period = was.rate_period then gate.counts end;
+    update notifyq.gate o
+    set held = (select count(*) from notifyq.active a where a.queue = q.number), next_start_at = null,
+        starts = case when q.rate_period = was.rate_period then o.starts end,
+        counts = case when q.rate_period = was.rate_period then o.counts end
+    where o.queue = q.number
+    and o.generation = (select notifyq.generation(q.number));
     -- What is blocked by a key is looked at again, as much of it as could start: all where keys have no
     -- limit any more. The gate blocks anew what has to be.
     perform notifyq.advance(q, array(

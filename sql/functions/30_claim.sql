@@ -53,6 +53,7 @@ begin
     left join lateral (
         select o.turn from notifyq.key o
         where q.policy = 'ordered' and g.attempt = 0 and o.queue = g.queue and o.key = coalesce(j.key, '') and o.turn = g.job
+        and o.generation = (select notifyq.generation(promote.queue))
         offset 0
     ) k on true
     order by g.due_at, g.job;
@@ -381,7 +382,7 @@ as $$
             order by s.due_at
             limit 1
         ),
-        (select g.next_start_at from notifyq.gate g where g.queue = next_due.queue)
+        (select g.next_start_at from notifyq.gate g where g.queue = next_due.queue order by g.generation desc limit 1)
     )
     where exists (select from notifyq.queue q where q.number = next_due.queue and not q.paused)
 $$;

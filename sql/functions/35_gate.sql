@@ -69,13 +69,28 @@ declare
     gate notifyq.gate;
 begin
     loop
-        select * into gate from notifyq.gate g where g.queue = lock_gate.queue for update;
+        select * into gate from notifyq.gate g where g.queue = lock_gate.queue order by g.generation desc limit 1 for update;
         exit when found;
         insert into notifyq.gate (queue)
         values (lock_gate.queue)
         on conflict do nothing;
     end loop;
     return gate;
+end
+$$;
+
+-- The generation that a queue's keys are of, see renew_keys(). To be asked for by each statement anew if there may have been a
+-- renewal since; as (select generation()), so that it is asked once.
+--
+-- From the highest down: what is dead of those before is not met, however many they are.
+create or replace function notifyq.generation(queue int) returns int
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+begin
+    return (select g.generation from notifyq.gate g where g.queue = generation.queue order by g.generation desc limit 1);
 end
 $$;
 
@@ -220,7 +235,8 @@ begin
         end;
         update notifyq.gate o
         set held = o.held + started, starts = g.starts, counts = g.counts, next_start_at = g.next_start_at
-        where o.queue = admit.queue;
+        where o.queue = admit.queue
+        and o.generation = (select notifyq.generation(admit.queue));
         if g.next_start_at is not null then
             perform pg_notify(notifyq.channel(q.number), 'd:' || extract(epoch from g.next_start_at));
         end if;
@@ -338,6 +354,8 @@ as $$
 #variable_conflict use_column
 declare
     q constant notifyq.queue := sift.queue;
+    -- As generation() says, which costs more.
+    generation_now constant int := (select g.generation from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1);
     by_key constant boolean := q.fair or num_nonnulls(q.slots, q.key_rate_limit) > 0;
     full_keys constant text[] := array(select w.key from jsonb_each(sift.at_work) w where w.value::int >= sift.key_limit);
     front notifyq.ready[];
@@ -408,7 +426,11 @@ begin
         from rows from (unnest(front), unnest(behind)) with ordinality f (number, job, queue, attempt, priority, turn, is_behind, place)
         join notifyq.job j on j.id = any (array[f.job])
         left join lateral (
-            select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0
+            select o.* from notifyq.key o
+            where o.queue = q.number
+            and o.generation = generation_now
+            and o.key = coalesce(j.key, '')
+            offset 0
         ) k on by_key
     ), ranked as (
         select t.*, row_number() over (partition by t.key, t.late, t.is_head, t.is_behind order by t.place) as rank
@@ -435,8 +457,9 @@ begin
         from decided d
         where d.verdict in ('wait', 'rate')
     ), held as (
-        insert into notifyq.key (queue, key, held, head)
-        select q.number, d.key, count(*) filter (where not d.is_head), case when q.policy in ('stately', 'ordered') then max(d.job) end
+        insert into notifyq.key (queue, generation, key, held, head)
+        select q.number, generation_now, d.key, count(*) filter (where not d.is_head),
+            case when q.policy in ('stately', 'ordered') then max(d.job) end
         from decided d
         where q.slots is not null
         and d.verdict = 'start'
@@ -470,19 +493,29 @@ create or replace function notifyq.count_starts(queue notifyq.queue, started_key
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+    q constant notifyq.queue := count_starts.queue;
+    read bigint;
+    changed int;
 begin
-    if (count_starts.queue).key_rate_limit is null or cardinality(count_starts.started_keys) = 0 then
+    if q.key_rate_limit is null or cardinality(count_starts.started_keys) = 0 then
         return;
     end if;
-    insert into notifyq.key (queue, key, starts, counts)
-    select (count_starts.queue).number, s.key, r.starts, r.counts
+    read := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass);
+    insert into notifyq.key (queue, generation, key, starts, counts)
+    select q.number, (select notifyq.generation(q.number)), s.key, r.starts, r.counts
     from (select u.key, count(*)::int as number from unnest(count_starts.started_keys) u (key) group by u.key) s
-    cross join lateral notifyq.rate_add(null, null, s.number, (count_starts.queue).key_rate_period, clock_timestamp(), count_starts.moment) r
+    cross join lateral notifyq.rate_add(null, null, s.number, q.key_rate_period, clock_timestamp(), count_starts.moment) r
     on conflict on constraint key_pkey do update
     set (starts, counts) = (
         select r.starts, r.counts
-        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], (count_starts.queue).key_rate_period, clock_timestamp(), count_starts.moment) r
+        from notifyq.rate_add(key.starts, key.counts, excluded.counts[1], q.key_rate_period, clock_timestamp(), count_starts.moment) r
     );
+    get diagnostics changed = row_count;
+    read := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass) - read;
+    if read > 16 * changed then
+        perform notifyq.renew_worn_keys(q, read, changed);
+    end if;
 end
 $$;
 
@@ -526,7 +559,13 @@ begin
         with picked as (
             select b.*
             from unnest(turns) t (key)
-            left join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k on true
+            left join lateral (
+                select o.* from notifyq.key o
+                where o.queue = q.number
+                and o.generation = (select notifyq.generation(q.number))
+                and o.key = t.key
+                offset 0
+            ) k on true
             cross join lateral (
                 select b.job
                 from notifyq.blocked b
@@ -556,8 +595,8 @@ begin
             from gone g
             join notifyq.job j on j.id = any (array[g.job])
         ), held as (
-            insert into notifyq.key (queue, key, held)
-            select q.number, g.key, count(*)
+            insert into notifyq.key (queue, generation, key, held)
+            select q.number, (select notifyq.generation(q.number)), g.key, count(*)
             from judged g
             where q.slots is not null
             and not g.late
@@ -586,7 +625,13 @@ begin
     turns := array(
         select t.key
         from (select distinct u.key from unnest(take_turns.keys || take_turns.rated_keys) u (key)) t
-        left join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k on true
+        left join lateral (
+            select o.* from notifyq.key o
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number))
+            and o.key = t.key
+            offset 0
+        ) k on true
         where q.slots is null
         or coalesce(k.held, 0) < q.slots
     );
@@ -597,13 +642,25 @@ begin
     perform notifyq.advance(q, array(
         select t.key
         from unnest(turns) t (key)
-        left join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k on true
+        left join lateral (
+            select o.* from notifyq.key o
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number))
+            and o.key = t.key
+            offset 0
+        ) k on true
         where notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) > 0
     ));
     with rested as materialized (
         select k.key, o.job, notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment) as due_at
         from unnest(turns) t (key)
-        cross join lateral (select o.* from notifyq.key o where o.queue = q.number and o.key = t.key offset 0) k
+        cross join lateral (
+            select o.* from notifyq.key o
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number))
+            and o.key = t.key
+            offset 0
+        ) k
         cross join lateral (
             select b.job
             from notifyq.blocked b
@@ -622,8 +679,8 @@ begin
         )
         and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
     ), turn as (
-        insert into notifyq.key (queue, key, turn)
-        select q.number, r.key, r.job
+        insert into notifyq.key (queue, generation, key, turn)
+        select q.number, (select notifyq.generation(q.number)), r.key, r.job
         from rested r
         on conflict on constraint key_pkey do update set turn = excluded.turn
     ), gone as (
@@ -731,7 +788,8 @@ begin
         if q.active_limit is not null then
             update notifyq.gate o
             set held = greatest(o.held - cardinality(ended), 0)
-            where o.queue = q.number;
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number));
             if held >= q.active_limit then
                 perform notifyq.ring_look(q);
             end if;
@@ -756,18 +814,93 @@ set enable_bitmapscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
+declare
+    q constant notifyq.queue := free_keys.queue;
+    -- As generation() says, which costs more.
+    generation_now constant int := (select g.generation from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1);
+    read bigint := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass);
+    changed int;
 begin
-    insert into notifyq.key (queue, key, held)
-    select (free_keys.queue).number, u.key, -count(*)
+    insert into notifyq.key (queue, generation, key, held)
+    select q.number, generation_now, u.key, -count(*)
     from unnest(free_keys.keys) u (key)
     group by u.key
     on conflict on constraint key_pkey do update set held = greatest(key.held + excluded.held, 0), head = null;
+    get diagnostics changed = row_count;
+    read := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass) - read;
     perform notifyq.advance(free_keys.queue, free_keys.keys);
     delete from notifyq.key k
-    where k.queue = (free_keys.queue).number
+    where k.queue = q.number
+    and k.generation = generation_now
     and k.key = any (free_keys.keys)
     and k.held <= 0
     and k.starts is null;
+    if read > 16 * changed then
+        perform notifyq.renew_worn_keys(q, read, changed);
+    end if;
+end
+$$;
+
+-- Renews the keys of a queue where that pays: looking up so many keys, each of which has one row, has read so many entries of
+-- their index. Call it if they are more than 16 a key: so many there are only where dead rows may not go, since a snapshot is held
+-- open. Counted by the server itself; it never counts where track_counts is off.
+--
+-- What was read for nothing since the last time grows with the square of this; it pays when that is more than the work of
+-- moving the keys: all of them, however few are looked up at a time.
+create or replace function notifyq.renew_worn_keys(queue notifyq.queue, read bigint, keys int) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    q constant notifyq.queue := renew_worn_keys.queue;
+    effort constant float8 := renew_worn_keys.read::float8 ^ 2 / 100 / greatest(renew_worn_keys.keys, 1);
+begin
+    if effort > (select g.keys from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1)
+        -- In an old snapshot keys that are new could not be seen, and would stay behind.
+        and current_setting('transaction_isolation') = 'read committed'
+    then
+        perform notifyq.renew_keys(q);
+    end if;
+end
+$$;
+
+-- Moves all keys of a queue to the next generation, where no look meets what is dead of the one before. Call with the gate
+-- locked. Not where there are so many that everybody would wait for it; then it is thought of again when it would pay
+-- for four times as many.
+create or replace function notifyq.renew_keys(queue notifyq.queue) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    most constant int := 10000;
+    q constant notifyq.queue := renew_keys.queue;
+    generation_now constant int := notifyq.generation(q.number);
+    number int := (
+        select count(*)
+        from (select from notifyq.key k where k.queue = q.number and k.generation = generation_now limit most + 1) k
+    );
+begin
+    if number > most then
+        update notifyq.gate g
+        set keys = least(greatest(g.keys, most) * 4, 1000000)
+        where g.queue = q.number
+        and g.generation = generation_now;
+        return;
+    end if;
+    update notifyq.key k
+    set generation = k.generation + 1
+    where k.queue = q.number
+    and k.generation = generation_now;
+    update notifyq.gate g
+    set generation = g.generation + 1, keys = number
+    where g.queue = q.number
+    and g.generation = generation_now;
 end
 $$;
 
@@ -803,7 +936,11 @@ begin
         into left_keys, freed
         from notifyq.job j
         left join lateral (
-            select o.* from notifyq.key o where o.queue = q.number and o.key = coalesce(j.key, '') offset 0
+            select o.* from notifyq.key o
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number))
+            and o.key = coalesce(j.key, '')
+            offset 0
         ) k on true
         where j.id = any (leave_line.jobs)
         and j.queue = q.number;

@@ -179,6 +179,7 @@ begin
             update notifyq.key k
             set turn = null
             where k.queue = j.queue
+            and k.generation = (select notifyq.generation(j.queue))
             and k.key = coalesce(j.key, '')
             and k.turn = j.id;
             if found then

@@ -100,6 +100,7 @@ begin
             select k.key
             from notifyq.key k
             where k.queue = q.number
+            and k.generation = (select notifyq.generation(q.number))
             and k.held = 0
             and k.head is null
             and to_timestamp((k.starts[cardinality(k.starts)] + 101) * extract(epoch from q.key_rate_period)::float8 / 100) < clock_timestamp()
@@ -111,12 +112,13 @@ begin
     loop
         -- Not waited for: the gates of other queues may be locked by now.
         continue when cardinality(rested.keys) = 0;
-        perform from notifyq.gate g where g.queue = rested.queue for update skip locked;
+        perform from notifyq.gate g where g.queue = rested.queue order by g.generation desc limit 1 for update skip locked;
         continue when not found;
         delete from notifyq.key k
         using notifyq.queue q
         where k.queue = rested.queue
         and q.number = rested.queue
+        and k.generation = (select notifyq.generation(rested.queue))
         and k.key = any (rested.keys)
         and k.held = 0
         and k.head is null

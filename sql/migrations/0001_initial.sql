@@ -150,27 +150,33 @@ create index active_cancel on notifyq.active (runtime) where cancel_requested_at
 create index active_key on notifyq.active (queue, key) where key is not null;
 
 -- One row a gated queue. Claims lock it, and what frees a key: there is one at a time. Starts are counted
--- by hundredths of the period, see rate_room().
+-- by hundredths of the period, see rate_room(). generation: that of the queue's keys, see renew_keys(); keys: how many
+-- there were when it began. The row is looked up from the highest generation down: those of before are dead.
 create table notifyq.gate (
-    queue int primary key,
+    queue int not null,
+    generation int not null default 0,
     held int not null default 0,
     next_start_at timestamptz,
     starts bigint[],
-    counts int[]
+    counts int[],
+    keys int not null default 0,
+    primary key (queue, generation)
 ) with (fillfactor = 50);
 
 -- One row a key of which something is active, or that has a rate. head is the job that keeps an
 -- ordered or stately key while it waits for its next attempt, or (ordered) has failed; turn the one
 -- that is scheduled for when the key's rate lets it start. Only who has locked the gate writes here.
+-- All rows of a queue are of the generation that its gate names.
 create table notifyq.key (
     queue int not null,
+    generation int not null default 0,
     key text not null,
     held int not null default 0,
     head bigint,
     turn bigint,
     starts bigint[],
     counts int[],
-    primary key (queue, key)
+    primary key (queue, generation, key)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 -- release_failed(): a failed head that goes.
 create index key_head on notifyq.key (head) where head is not null;

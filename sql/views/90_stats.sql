@@ -158,5 +158,6 @@ select
     ) as held_by
 from (select t.queue, t.key, count(*) as jobs from notifyq.blocked t where t.parents = 0 group by t.queue, t.key) b
 join notifyq.queue q on q.number = b.queue
-left join notifyq.key k on k.queue = b.queue and k.key = b.key;
+left join notifyq.key k on k.queue = b.queue and k.key = b.key
+    and k.generation = (select g.generation from notifyq.gate g where g.queue = b.queue order by g.generation desc limit 1);
 comment on view notifyq.blocked_keys is 'The keys that hold jobs back, and the jobs that hold them: active ones, or the waiting or failed head of an ordered or stately key.';

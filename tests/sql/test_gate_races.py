@@ -174,6 +174,11 @@ MISCOUNTED_KEYS = """
         then (coalesce(k.held, 0) = 1) <> (k.head is not null) or coalesce(a.number, 0) > coalesce(k.held, 0)
         else coalesce(a.number, 0) <> coalesce(k.held, 0) end
 """
+STRAY_KEYS = """
+    select k.queue, k.key, k.generation
+    from notifyq.key k
+    where k.generation is distinct from (select g.generation from notifyq.gate g where g.queue = k.queue)
+"""
 MISCOUNTED_GATES = """
     select q.name, g.held
     from notifyq.gate g join notifyq.queue q on q.number = g.queue
@@ -202,6 +207,7 @@ def books(ask):
         for wrong in (
             IDLE_KEYS,
             MISCOUNTED_KEYS,
+            STRAY_KEYS,
             MISCOUNTED_GATES,
             MISCOUNTED_PARENTS,
             LEAKED_RESERVATIONS,
@@ -1275,6 +1281,86 @@ async def test_two_bulk_debounced_sends_whose_keys_overlap_do_not_deadlock(
     (a, b), (b_again, c) = [[job for (job,) in await call.answer()] for call in calls]
     assert b == b_again
     assert await ask("select id, data from notifyq.jobs order by key") == [(a, 2), (b, 3), (c, 3)]
+    await well()
+
+
+# renewed keys
+
+RENEW = "select notifyq.lock_gate(q.number), notifyq.renew_keys(q) from notifyq.queue q"
+
+
+@either_end
+@pytest.mark.parametrize("waiter", ["claim", "complete", "renew"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"key_limit": 2},
+        {"policy": "ordered"},
+        {"key_rate_limit": 2, "key_rate_period": 60},
+        {"fair": True, "key_limit": 2, "active_limit": 9},
+    ],
+    ids=["limit", "ordered", "rate", "fair"],
+)
+async def test_who_has_waited_while_keys_were_renewed_finds_them(
+    ask, race, queue, send, claim, books, rule, waiter, commit
+):
+    await queue(**rule)
+    jobs = await send(*"aaaab")
+    started = await claim(2)
+    second = {"claim": CLAIM, "complete": complete(started[0]), "renew": RENEW}[waiter]
+    await race(RENEW, second, commit=commit)
+    assert await ask("select generation from notifyq.gate") == [(commit + (waiter == "renew"),)]
+    await books()
+    if waiter == "claim":
+        active = await ask("select 1 from notifyq.active where job = any (%s)", jobs[:4])
+        assert len(active) == (1 if "policy" in rule else 2)
+    await claim()
+    await books()
+
+
+@either_end
+async def test_a_renewal_waits_for_a_claim_and_moves_what_it_started(ask, race, queue, send, claim, well, commit):
+    await queue(key_limit=2)
+    jobs = await send(*"aaab")
+    assert await claim(1) == jobs[:1]
+    await race(CLAIM, RENEW, commit=commit)
+    held = [("a", 2, 1), ("b", 1, 1)] if commit else [("a", 1, 1)]
+    assert await ask("select key, held, generation from notifyq.key order by key") == held
+    await well()
+
+
+async def test_claimers_and_completers_of_few_keys_under_a_snapshot_keep_to_the_limit(
+    ask, connection, other, third, nursery, queue, send, well
+):
+    await queue(key_limit=2)
+    await ask("select notifyq.send('q', key => (i % 3)::text) from generate_series(1, 600) i")
+    await rows(third, "begin isolation level repeatable read")
+    await rows(third, "select from notifyq.queue")
+    work = """
+        do $$
+        declare
+            started bigint[];
+            most bigint;
+        begin
+            for i in 1..100 loop
+                started := array(select id from notifyq.claim('q', 2));
+                commit;
+                select max(k.number) into most from (select count(*) as number from notifyq.active group by key) k;
+                assert coalesce(most, 0) <= 2, most;
+                perform notifyq.complete(started);
+                commit;
+            end loop;
+        end
+        $$
+    """
+    calls = [Call(session, work) for session in (connection, other)]
+    for call in calls:
+        nursery.start_soon(call.run)
+    for call in calls:
+        await call.through.wait()
+        await call.answer()
+    assert (await ask("select generation > 2 from notifyq.gate")) == [(True,)]
+    await rows(third, "rollback")
     await well()
 
 
