@@ -1,9 +1,9 @@
 -- The bell: the insert triggers on ready and scheduled, which NOTIFY the queue's channel.
 --
 -- Payload 'r:<priority>:<number>' says where to look in ready, 'd:<epoch seconds>' when a
--- ticket in scheduled is due; claim() sends 'look' when only expired jobs made it end short, and a
--- runtime 't:<numbers>' for the tickets it took, so that not all of many look. All are hints: losing
--- one costs latency, never a job.
+-- ticket in scheduled is due; claim() sends 'look' when only expired jobs made it end short, free() 'room'
+-- when one more may be active, and a runtime 't:<numbers>' for the tickets it took, so that not all of many look. All are
+-- hints: losing one costs latency, never a job.
 --
 -- One ring per queue and transaction: what already rang is remembered in a
 -- transaction-local setting, which ROLLBACK TO takes back together with the NOTIFY. Only a
@@ -43,7 +43,7 @@ $$;
 -- A runtime has run dry: holds 'free' for these queues on its session, where it does not hold it yet, and says for each
 -- whether it stands free and nobody was pending after that. Then, in a new snapshot, whether anything is ready, and when
 -- the next ticket is due, and what the time is, both in seconds of the epoch. due_floors: where looks are dear, tickets
--- that were due before that are left out, and it does not look what is ready, but says that something may be.
+-- that were due before that are left out, and ready is true without a look.
 create or replace function notifyq.stand_free(queues int[], held boolean[], due_floors timestamptz[] default null)
 returns table (queue int, stands boolean, passed boolean, ready boolean, due float8, clock float8)
 language plpgsql security definer
@@ -76,19 +76,20 @@ as $$
     select pg_advisory_unlock_shared(notifyq.lock_class('free'), u.queue % 64) from unnest(stand_busy.queues) u (queue)
 $$;
 
--- A runtime to which looks from the beginning of these queues are dear holds 'far' shared, on its session, or lets go of it:
--- advance(), which puts tickets back to where they stood, then rings for them.
-create or replace function notifyq.stand_far(queues int[], far boolean[]) returns void
+-- A runtime to which looks from the beginning of these queues are dear takes 'far' shared, on its session, or lets go of it,
+-- and learns whether it has it: advance(), which puts tickets back to where they stood, then rings for them.
+create or replace function notifyq.stand_far(queues int[], far boolean[]) returns table (queue int, stands boolean)
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-    select case when u.far
+    select u.queue, case when u.far
         then pg_try_advisory_lock_shared(notifyq.lock_class('far'), u.queue % 64)
         else pg_advisory_unlock_shared(notifyq.lock_class('far'), u.queue % 64)
-    end
+    end and u.far
     from unnest(stand_far.queues, stand_far.far) u (queue, far)
 $$;
 
+-- Whether to ring for what goes back. Testing it fails if another one tests it at this moment: that rings, too.
 create or replace function notifyq.somebody_stands_far(queue notifyq.queue) returns boolean
 language sql volatile
 set search_path = pg_catalog, pg_temp

@@ -83,8 +83,8 @@ $$;
 --
 -- With a runtime: its lease must be live (NQ005 otherwise) and protects the claim. Without
 -- one (a claim by hand): the job must be settled or touched within lease (default: the job's
--- timeout). priorities and floors: look only from floors[i] on at priorities[i], and at what is due
--- from due_floor on; null: look from the beginning. An ordered queue is always looked at from there. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
+-- timeout). priorities (falling) and floors: look only from floors[i] on at priorities[i], and at what is due
+-- from due_floor on; null: look from the beginning. What is ready in an ordered queue is always looked at from there. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
 -- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
 -- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
 -- priorities say it. key_limit: the claim brings no more than so many of one key, less those that at_work
@@ -131,7 +131,8 @@ set enable_mergejoin = off
 as $$
 #variable_conflict use_column
 declare
-    moment timestamptz := clock_timestamp();
+    began constant timestamptz := clock_timestamp();
+    moment timestamptz := began;
     n int;
     claimed int;
     live boolean;
@@ -347,7 +348,7 @@ begin
             and not q.gated;
         end if;
         -- A second is for who is slow to commit: see TRAIL_SECONDS in _demand.py.
-        timeout := extract(epoch from least(first_due, moment - interval '1 second'));
+        timeout := extract(epoch from least(first_due, began - interval '1 second'));
         sent_at := clock_timestamp();
         return next;
     end if;

@@ -740,18 +740,18 @@ begin
     )
     select array_agg('r:' || f.priority || ':' || f.number) into rings
     from (select b.priority, min(b.number) as number from back b group by b.priority) f;
-    if not q.fair and notifyq.somebody_stands_far(q) then
+    if rings is not null and not q.fair and notifyq.somebody_stands_far(q) then
         perform pg_notify(notifyq.channel(q.number), r.ring) from unnest(rings) r (ring);
     end if;
 end
 $$;
 
--- Says to every runtime that a queue is worth a look.
-create or replace function notifyq.ring_look(queue notifyq.queue) returns void
+-- Says to every runtime that a queue is worth a look from the beginning ('look'), or has room again ('room').
+create or replace function notifyq.ring_look(queue notifyq.queue, what text default 'look') returns void
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-    select pg_notify(notifyq.channel((ring_look.queue).number), 'look')
+    select pg_notify(notifyq.channel((ring_look.queue).number), ring_look.what)
     where notifyq.somebody_may_come(ring_look.queue)
 $$;
 
@@ -791,7 +791,7 @@ begin
             where o.queue = q.number
             and o.generation = (select notifyq.generation(q.number));
             if held >= q.active_limit then
-                perform notifyq.ring_look(q);
+                perform notifyq.ring_look(q, 'room');
             end if;
         end if;
         continue when q.slots is null

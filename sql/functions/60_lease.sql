@@ -37,7 +37,7 @@ $$;
 -- another number than before when some schedule was made, changed or removed. clock: the server's. serves:
 -- changes when one of the queues it was registered for is made, deleted, paused, resumed or made fair: see served(). fleet: how
 -- many live runtimes are registered for the same, this one included; place: how many of them come before it.
--- look: false leaves out what reads all that is ready, due and active: held is 0, ready null, and due_in empty.
+-- look: false leaves out what reads all that is ready, due and active: held and ready are null, and due_in is empty.
 --
 -- Locks: the runtime's row.
 create or replace function notifyq.beat(
@@ -81,7 +81,7 @@ begin
     into serves
     from notifyq.served(registered_for) s;
     cancels := array(select a.job from notifyq.active a where a.runtime = beat.runtime and a.cancel_requested_at is not null);
-    held := (select count(*) from notifyq.active a where a.runtime = beat.runtime and beat.look);
+    held := case when beat.look then (select count(*) from notifyq.active a where a.runtime = beat.runtime) end;
     select case when beat.look then coalesce(array_agg(n.queue) filter (where n.standing or n.due <= clock_timestamp()), '{}') end,
         coalesce(jsonb_object_agg(n.queue, extract(epoch from n.due - clock_timestamp())) filter (where n.due is not null), '{}')
     into ready, due_in

@@ -81,7 +81,7 @@ class Beat:
     """What ``beat()`` told: see ``sql/functions/60_lease.sql``."""
 
     renewed: bool
-    held: int
+    held: int | None
     cancels: list[int]
     ready: list[int] | None
     due_in: dict[str, float]

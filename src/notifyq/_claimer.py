@@ -15,7 +15,7 @@ import trio
 
 from ._backoff import reconnect_delay
 from ._bell import Bell
-from ._connection import ANSWER_TIMEOUT
+from ._connection import ANSWER_TIMEOUT, answered_within
 from ._demand import Floor, Looks
 from ._due import DueTime
 from ._errors import ConnectionLost, NoLease, NotifyqError, UnknownQueue
@@ -60,7 +60,6 @@ class Claimer:
         self._events = events
         self._floor = Floor(priorities)
         self.looks = Looks()
-        self._stands_far = False
         self._due = DueTime()
         self._random = random.Random()
         self._resting = False
@@ -76,10 +75,10 @@ class Claimer:
     # what others call
 
     def heard(self, payload: str) -> None:
-        """A notification of the queue's channel: ``r:<priority>:<number>``, ``d:<due>``, ``t:<taken numbers>``, ``look``."""
+        """What the channel said: ``r:<priority>:<number>``, ``d:<due>``, ``t:<taken numbers>``, ``room``, ``look``."""
         kind, _, rest = payload.partition(":")
         asked = False
-        if self._paused or (self._watch.crowded and kind != "r"):
+        if self._paused:
             return
         try:
             if kind == "r":
@@ -93,16 +92,17 @@ class Claimer:
                     return
                 else:
                     asked = self._ask()
+            elif kind == "d":
+                if not self._due.heard(rest) or self._watch.crowded:
+                    return
+            elif self._watch.crowded:
+                return
             elif kind == "t":
                 self.fleet.taken(rest)
                 self._rest.deadline = self._wake_at()
                 return
-            elif kind != "d":
+            elif kind != "room":
                 self.looks.at, self._due.unknown = -math.inf, True
-            else:
-                self._floor.heard_due(rest)
-                if not self._due.heard(rest):
-                    return
         except ValueError:
             pass  # not from our trigger; look anyway
         if not asked:
@@ -125,8 +125,11 @@ class Claimer:
             self.look_again()
 
     def look_again(self) -> None:
-        """Look from the beginning, and for the next due time: notifications may have been missed."""
-        self.looks.at = -math.inf
+        """Look, since notifications may have been missed: from the beginning, or (if that is dear) once that is due."""
+        if self.looks.cheap:
+            self.looks.at = -math.inf
+        else:
+            self.looks.owed = True
         self._due.unknown = True
         self.bell.ring()
 
@@ -136,11 +139,8 @@ class Claimer:
             self.bell.ring()
 
     def poll(self) -> None:
-        """The beat saw ready jobs, or did not look: look, but not before the poll interval is over, or a dear one is due."""
-        if not self.looks.cheap:
-            self.looks.owed = True
-            self._rest.deadline = self._wake_at()
-        elif self._poll_interval is None or trio.current_time() >= self.looks.at + self._poll_interval:
+        """The beat saw ready jobs, or did not look: look, unless the queue's own poll interval says that it is too early."""
+        if self._poll_interval is None or trio.current_time() >= self.looks.at + self._poll_interval:
             self.look_again()
 
     def finished(self, job: Claimed) -> None:
@@ -196,15 +196,15 @@ class Claimer:
         if self._watch.told or self._watch.crowded or self._refusal is not None:
             return True
         self.bell.clear()
-        self._due.learning()
+        self._due.learning(trio.current_time())
         try:
-            stance = await self._calls.stand_free(self._due_floor())
+            stance = await self._calls.stand_free(self._due.since(not self.looks.cheap))
         except ConnectionLost:
             self._due.unknown = True
             return True
         now = trio.current_time()
         self._watch.stood(stance.passed, now)
-        self._learned_due(stance.due, stance.clock, now)
+        self._due.learned(stance.due, stance.clock, now)
         if stance.ready or (stance.due is not None and stance.due <= stance.clock):
             return True
         self.looks.at, self.looks.owed = now, False
@@ -218,6 +218,7 @@ class Claimer:
         if not how_many or not self._calls.claim_at_once(how_many, self._hear):
             return False
         self.fleet.looked()
+        self._due.claiming()
         self._asked_for = how_many
         self._asked_at = trio.current_time()
         return True
@@ -281,10 +282,8 @@ class Claimer:
             now = trio.current_time()
             whole = dry or not self._floor.numbers or self.looks.is_due(now)
             self.fleet.looked()
-            with trio.CancelScope(shield=True, deadline=now + ANSWER_TIMEOUT) as patience:
-                haul = await self._calls.claim(how_many, None if whole else self._floor)
-            if patience.cancelled_caught:
-                raise ConnectionLost(f"no answer to a claim within {ANSWER_TIMEOUT:g} s")
+            self._due.claiming()
+            haul = await self._claim(how_many, whole, now)
             if whole:
                 self._looked(now, how_many, haul)
             else:
@@ -299,12 +298,21 @@ class Claimer:
                     self._watch.dry(brought, haul.left, trio.current_time())
                     return
 
+    async def _claim(self, how_many: int, whole: bool, now: float) -> Haul:
+        floors = None if whole else self._floor.numbers
+        try:
+            with trio.CancelScope(shield=True), answered_within(ANSWER_TIMEOUT):
+                haul = await self._calls.claim(how_many, floors, self._due.floor)
+        except BaseException:
+            if whole:
+                self.looks.failed(now, trio.current_time())
+            raise
+        return haul
+
     def _looked(self, since: float, how_many: int, haul: Haul) -> None:
         """A claim from the beginning has ended."""
         self.looks.made(since, trio.current_time())
-        if self._stands_far is self.looks.cheap:
-            self._stands_far = not self.looks.cheap
-            self._calls.stand_far(self._stands_far)
+        self._calls.stand_far(not self.looks.cheap)
         if not haul.jobs:
             self._floor.reset()
         self._deliver(haul)
@@ -312,7 +320,7 @@ class Claimer:
             self._calls.say_taken(numbers)
 
     def _deliver(self, haul: Haul) -> None:
-        self._floor.due = haul.due_floor
+        self._due.claimed(haul.due_floor)
         jobs = haul.jobs
         if self._paused:  # they were claimed before that
             self.hands.release(jobs)
@@ -328,20 +336,13 @@ class Claimer:
                 self._events.emit(JobClaimed(self.queue, job.id, job.attempt))
 
     async def _learn_due(self) -> None:
-        self._due.learning()
+        self._due.learning(trio.current_time())
         try:
-            due, server_now = await self._calls.next_due(self._due_floor())
+            due, server_now = await self._calls.next_due(self._due.since(not self.looks.cheap))
         except BaseException:
             self._due.unknown = True
             raise
-        self._learned_due(due, server_now, trio.current_time())
-
-    def _learned_due(self, due: float | None, server_now: float, now: float) -> None:
-        self._due.learned(due, server_now, now)
-        self._floor.learned_due(due, server_now)
-
-    def _due_floor(self) -> float | None:
-        return None if self._may_look(trio.current_time()) else self._floor.due
+        self._due.learned(due, server_now, trio.current_time())
 
     def _may_look(self, now: float) -> bool:
         """One look from the beginning finds all; when such looks are dear, one has to be due for that."""

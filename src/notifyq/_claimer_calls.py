@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ._answers import Claimed, Haul, Stance
-    from ._demand import Floor
 
 __all__ = ["ClaimerCalls"]
 
@@ -19,8 +18,8 @@ __all__ = ["ClaimerCalls"]
 class ClaimerCalls:
     """What returns no awaitable never waits."""
 
-    claim: Callable[[int, Floor | None], Awaitable[Haul]]
-    """``claim(how_many, floor)``: from there on, or from the beginning."""
+    claim: Callable[[int, dict[int, int] | None, float | None], Awaitable[Haul]]
+    """``claim(how_many, floors, due_floor)``: from these floors by priority and due on, or from the beginning."""
     claim_at_once: Callable[[int, Callable[[Haul | Exception], None]], bool]
     """``claim_at_once(how_many, answered)`` sends a claim from the beginning, if that can be done now; ``answered`` then
     gets what it brought or the error."""

@@ -25,7 +25,7 @@ TRAIL_SECONDS = 1.0
 LOOK_EVERY = 1.0
 """Seconds between looks from the beginning while busy, for what no notification told of."""
 
-LOOK_SHARE = 0.05
+LOOK_SHARE = 0.02
 """Share of the time that such looks may take: a long-open snapshot makes them dear."""
 
 CHEAP_LOOK = 0.004
@@ -55,16 +55,11 @@ def demand(capacity: int, running: int, buffered: int, per_second: float) -> int
 
 @attrs.define(eq=False)
 class Floor:
-    """Where the live parts of the ready index, by priority, and of the due times begin.
-
-    A hint: looks from the beginning correct it.
-    """
+    """Where the live part of the ready index begins, by priority. A hint: looks from the beginning correct it."""
 
     priorities: tuple[int, int] | None = None
     """The lowest and the highest that are claimed; None: all."""
     numbers: dict[int, int] = attrs.field(factory=dict)
-    due: float | None = None
-    """In the server's time, in seconds of the epoch; None: not known."""
     _samples: dict[int, deque[tuple[float, int]]] = attrs.field(factory=dict)
 
     def heard(self, ring: str) -> bool:
@@ -80,10 +75,11 @@ class Floor:
         return priority >= low  # above it: what else was written is not told
 
     def lower(self, priority: int, number: int) -> None:
-        """A ticket was written at this number."""
+        """A ticket was written at this number. What was claimed before says no longer where the live part begins."""
         standing = self.numbers.get(priority)
         if standing is None or number < standing:
             self.numbers[priority] = number
+            self._samples.pop(priority, None)
 
     def claimed(self, jobs: list[Claimed], now: float) -> None:
         """Tickets up to these numbers were claimed; the floor follows a second later."""
@@ -96,18 +92,8 @@ class Floor:
             while samples and samples[0][0] <= now - TRAIL_SECONDS:
                 self.numbers[priority] = max(self.numbers.get(priority, 0), samples.popleft()[1])
 
-    def heard_due(self, epoch_seconds: str) -> None:
-        """A ticket was written that is due then. Raises ``ValueError`` for what is not a number."""
-        if self.due is not None:
-            self.due = min(self.due, float(epoch_seconds))
-
-    def learned_due(self, due: float | None, server_now: float) -> None:
-        """Then the first ticket was due that could be seen."""
-        trail = server_now - TRAIL_SECONDS
-        self.due = trail if due is None else min(due, trail)
-
     def reset(self) -> None:
-        """Forget the numbers: the next look from the beginning shows where the live part begins."""
+        """Forget everything: the next look from the beginning shows where the live part begins."""
         self.numbers.clear()
         self._samples.clear()
 
@@ -140,6 +126,11 @@ class Looks:
     def made(self, since: float, now: float) -> None:
         """One was begun then, and has ended."""
         self.at, self._last, self._before, self.owed = now, now - since, self._last, False
+
+    def failed(self, since: float, now: float) -> None:
+        """One was begun then, and nothing came of it: the next one will take as long."""
+        self.made(since, now)
+        self._before = self._last
 
     def is_due(self, now: float) -> bool:
         """It is time for another one, though busy."""

@@ -260,7 +260,8 @@ class Session:
         self._scheduler.told(beat.schedules)
         self._roster.told(beat)
         # More held than known: on its way to or from here, or the answer to a claim was lost.
-        if self._strays or self._reconnected or beat.held > len(self._known()):
+        unsure = any(w.answer_lost for w in self._workers) if beat.held is None else beat.held > len(self._known())
+        if self._strays or self._reconnected or unsure:
             self._doubt.ring()
 
     def _lose(self) -> None:
@@ -280,6 +281,8 @@ class Session:
             self._doubt.clear()
             before = self._at_work()
             reconnected, self._reconnected = self._reconnected, False
+            for worker in self._workers:
+                worker.answer_lost = False
             try:
                 async with self._pool.connection() as connection:
                     held = await self._store.held(connection, self._id)

@@ -25,7 +25,7 @@ __all__ = ["Standing"]
 
 @attrs.define(eq=False)
 class _Question:
-    due_floor: float | None
+    due_floor: float | None = None
     answer: Stance | None = None
 
 
@@ -48,7 +48,8 @@ class Standing:
     async def free(self, queue: int, due_floor: float | None) -> Stance:
         """Stand free, and learn whether all who send from now on will ring. Raises ``ConnectionLost``."""
         self._wanted.add(queue)
-        question = self._asked.setdefault(queue, _Question(due_floor))
+        question = self._asked.setdefault(queue, _Question())
+        question.due_floor = due_floor
         await self._listener.call(self._answer)
         if question.answer is None:
             raise ConnectionLost("the listening connection broke")
@@ -60,7 +61,7 @@ class Standing:
         self._bell.ring()
 
     def far(self, queue: int, far: bool) -> None:
-        """Stand far, soon: looks from the beginning are dear to this process. Or no longer."""
+        """Stand far, soon: looks from the beginning are dear to this process. Or no longer. Said again, it tries again."""
         if far:
             self._far.add(queue)
         else:
@@ -106,8 +107,10 @@ class Standing:
             self._held -= gone
             await self._store.stand_busy(connection, list(gone))
         if changed := list(self._far ^ self._far_held):
-            self._far_held = set(self._far)
-            await self._store.stand_far(connection, changed, [queue in self._far_held for queue in changed])
+            stands = await self._store.stand_far(connection, changed, [queue in self._far for queue in changed])
+            self._far_held = {
+                queue for queue in self._far_held | self._far if stands.get(queue, queue in self._far_held)
+            }
 
     def _connected(self) -> None:
         self._lost()

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from ._calls import Bound, Calls
     from ._connection import TrioConnection
-    from ._demand import Floor
 
 __all__ = ["Claims", "Priorities"]
 
@@ -60,15 +59,19 @@ class Claims:
         how_many: int,
         runtime: UUID,
         *,
-        floor: Floor | None,
+        floors: Mapping[int, int] | None,
+        due_floor: float | None = None,
         durably: bool,
     ) -> Haul:
-        """Claim jobs. ``durably=False``: a crash of the server may forget the claim, and the jobs run again."""
-        if floor is None:
+        """Claim jobs, if there are floors from there on.
+
+        ``durably=False``: a crash of the server may forget the claim, and the jobs run again.
+        """
+        if floors is None:
             return await self.run_claim(connection, self.bind_claim(queue, how_many, runtime, durably=durably))
-        priorities = sorted(floor.numbers, reverse=True)
-        numbers = [floor.numbers[priority] for priority in priorities]
-        claim = self._calls.bind(_CLAIM_FROM, queue, how_many, runtime, durably, priorities, numbers, floor.due)
+        priorities = sorted(floors, reverse=True)
+        numbers = [floors[priority] for priority in priorities]
+        claim = self._calls.bind(_CLAIM_FROM, queue, how_many, runtime, durably, priorities, numbers, due_floor)
         return await self.run_claim(connection, claim)
 
     async def run_claim(self, connection: TrioConnection, claim: Bound) -> Haul:

@@ -76,9 +76,12 @@ class Serving:
     async def stand_busy(self, connection: TrioConnection, queues: Sequence[int]) -> None:
         await self._calls.rows(connection, "select {s}.stand_busy($1::int[])", queues)
 
-    async def stand_far(self, connection: TrioConnection, queues: Sequence[int], far: Sequence[bool]) -> None:
+    async def stand_far(
+        self, connection: TrioConnection, queues: Sequence[int], far: Sequence[bool]
+    ) -> dict[int, bool]:
         """Say on the listening connection for which queues looks from the beginning are dear from now on, or no longer."""
-        await self._calls.rows(connection, "select {s}.stand_far($1::int[], $2::boolean[])", queues, far)
+        statement: LiteralString = "select queue, stands from {s}.stand_far($1::int[], $2::boolean[])"
+        return dict(await self._calls.rows(connection, statement, queues, far))
 
     async def pause(self, connection: TrioConnection, queue: str) -> bool:
         return bool(await self._calls.value(connection, "select {s}.pause($1)", queue))

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ._answers import Claimed, QueueInfo
     from ._atomic import Atomic
     from ._calls import Bound
-    from ._demand import Floor
     from ._listener import Listener
     from ._lock import QuickLock
     from ._middleware import Middleware
@@ -110,6 +109,8 @@ class QueueWorker:
         self._lease_number = 0
         self.claiming_since = math.inf
         """When the claim that is under way on a connection of the pool was sent, on ``trio.current_time()``'s clock."""
+        self.answer_lost = False
+        """A claim may have brought jobs that are not known here."""
         self._durably = info.retry_limit == 0
         self._cancelled: Collection[int] = ()
         self._bound_for = 1
@@ -172,17 +173,26 @@ class QueueWorker:
 
     # A claim that a crash of the server forgets is made again; without retries it must not run twice: claim durably.
 
-    async def _claim(self, how_many: int, floor: Floor | None) -> Haul:
+    async def _claim(self, how_many: int, floors: dict[int, int] | None, due_floor: float | None) -> Haul:
         async with self._turn, self._pool.connection() as connection:
             lease_number = self._before_claim()
             self.claiming_since = trio.current_time()
             try:
-                if self._key_limit is not None or (floor is None and self.priorities is not None):
+                if self._key_limit is not None or (floors is None and self.priorities is not None):
                     haul = await self._store.run_claim(connection, self._bind(how_many))
                 else:
                     haul = await self._store.claim(
-                        connection, self.queue.name, how_many, self._runtime, floor=floor, durably=self._durably
+                        connection,
+                        self.queue.name,
+                        how_many,
+                        self._runtime,
+                        floors=floors,
+                        due_floor=due_floor,
+                        durably=self._durably,
                     )
+            except BaseException:
+                self.answer_lost = True
+                raise
             finally:
                 self.claiming_since = math.inf
         return self._still_ours(haul, lease_number)
@@ -196,6 +206,7 @@ class QueueWorker:
 
         def heard(answer: list[Any] | Exception) -> None:
             if isinstance(answer, Exception):
+                self.answer_lost = True
                 answered(answer)
             else:
                 answered(self._still_ours(self._store.haul(answer), lease_number))
@@ -243,6 +254,7 @@ class QueueWorker:
             return haul
         self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
         if lease_number != self._lease_number:
+            self.answer_lost = True
             return Haul([])  # the beat will find that we hold them, and they are released
         for job in jobs:
             if job.id in self._cancelled:

@@ -271,7 +271,7 @@ async def test_what_a_claim_brings_after_the_pause_was_told_is_handed_back():
     gate = trio.Event()
     released: list[Any] = []
 
-    async def claim(_how_many: int, _floors: Any) -> Haul:
+    async def claim(_how_many: int, _floors: Any, _due_floor: float | None) -> Haul:
         asked.set()
         await gate.wait()
         return Haul(["one", "two"] if not released else [])

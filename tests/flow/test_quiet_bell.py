@@ -16,6 +16,7 @@ from notifyq import Job, Queue, _claimer, _fleet
 from notifyq._answers import Claimed
 from notifyq._fleet import Fleet
 from notifyq._opening import open_connection
+from notifyq._store import Store
 from notifyq._watch import MOST_RINGS, RINGS, Watch
 from notifyq._worker import QueueWorker
 from notifyq.events import JobCompleted, ListenerUp
@@ -375,6 +376,29 @@ async def test_a_poll_looks_from_the_beginning_once_an_interval_though_that_is_d
     monkeypatch.setattr(QueueWorker, "_before_claim", counted)
     await until(lambda: len(claims) >= 5)
     assert claims[4] - claims[0] >= 0.79
+
+
+async def test_a_look_from_the_beginning_without_an_answer_is_not_made_again_and_again(start, nq, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    monkeypatch.setattr("notifyq._claimer.ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
+    claim = Store.claim
+
+    async def claim_from_floors(self: Store, *args: Any, floors: Any, **options: Any) -> Any:
+        if floors is None:
+            await trio.sleep_forever()
+        return await claim(self, *args, floors=floors, **options)
+
+    monkeypatch.setattr(Store, "claim", claim_from_floors)
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, lease=HOUR)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, 1)
 
 
 @pytest.mark.parametrize("reconnected", [False, True])

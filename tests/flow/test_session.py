@@ -800,7 +800,8 @@ async def test_a_job_that_has_ended_cannot_be_touched(start, nq):
         await ended[0].touch(5)
 
 
-async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, monkeypatch):
+@pytest.mark.parametrize("dear", [False, True], ids=["the beat looks", "the beat does not look"])
+async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, monkeypatch, dear):
     queue = Queue("q", int, int)
 
     @queue.worker(poll_interval=HOUR)
@@ -818,6 +819,8 @@ async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, 
         if brought or not claim_at_once(self, how_many, heard):
             return False
         self.lose_all()
+        if dear:
+            monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
         return True
 
     monkeypatch.setattr(QueueWorker, "_claim_at_once", lose_on_the_way)
@@ -828,6 +831,35 @@ async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, 
             assert await nq.result(await nq.send(queue, 1)) == 1
     assert brought == [0]
     assert seen.of(LeaseLost) == []
+
+
+@pytest.mark.parametrize("dear", [False, True], ids=["the beat looks", "the beat does not look"])
+async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq, monkeypatch, dear):
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    run_claim = Store.run_claim
+    lost: list[int] = []
+
+    async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
+        haul = await run_claim(self, connection, claim)
+        if haul.jobs and not lost:
+            lost.append(haul.jobs[0].id)
+            if dear:
+                monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+            raise notifyq.ConnectionLost("its answer was lost")
+        return haul
+
+    monkeypatch.setattr(Store, "run_claim", lose)
+    monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
+    await start(queue, lease=1.0)
+    job = await nq.send(queue, 1)
+    with trio.fail_after(20):
+        assert await nq.result(job) == 1
+    assert lost == [job.id]
 
 
 async def test_a_cancelled_job_of_a_batch_that_then_raises_is_alone_not_retried(start, nq):

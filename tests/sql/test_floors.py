@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from notifyq._demand import Floor
 from notifyq._opening import open_connection
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ async def claim(connection, store, ask):
     [(runtime,)] = await ask("select gen_random_uuid()")
     await ask("select notifyq.register(%s, '{q}')", runtime)
 
-    async def claim(floor: Floor | None = None) -> tuple[list[int], float | None]:
-        haul = await store.claim(connection, "q", 10, runtime, floor=floor, durably=True)
+    async def claim(floors: dict[int, int] | None = None, due: float | None = None) -> tuple[list[int], float]:
+        haul = await store.claim(connection, "q", 10, runtime, floors=floors, due_floor=due, durably=True)
         [(now,)] = await ask("select extract(epoch from clock_timestamp())::float8")
         return [job.id for job in haul.jobs], haul.due_floor - now
 
@@ -63,11 +62,11 @@ async def epoch(ask: Any, seconds_ago: float) -> float:
 async def test_a_claim_from_a_floor_leaves_out_what_was_due_before_it(queue, claim, ask):
     await queue()
     late, early = await make_due(ask, 60), await make_due(ask, 10)
-    floor = Floor(numbers={0: 0}, due=await epoch(ask, 30))
-    jobs, due_floor = await claim(floor)
+    due = await epoch(ask, 30)
+    jobs, due_floor = await claim({0: 0}, due)
     assert jobs == [early]
     assert due_floor == pytest.approx(-10, abs=5)
-    jobs, due_floor = await claim(floor)
+    jobs, due_floor = await claim({0: 0}, due)
     assert jobs == []
     assert due_floor == pytest.approx(-1, abs=0.9)
     jobs, due_floor = await claim()
@@ -80,7 +79,7 @@ async def test_a_floor_stays_below_what_is_due_next_and_a_second_back(queue, cla
     assert (await claim())[1] == pytest.approx(-1, abs=0.9)
     await ask("select notifyq.send('q', delay => '100 s')")
     assert (await claim())[1] == pytest.approx(-1, abs=0.9)
-    assert (await claim(Floor(numbers={0: 0}, due=await epoch(ask, 0))))[1] == pytest.approx(-1, abs=0.9)
+    assert (await claim({0: 0}, await epoch(ask, 0)))[1] == pytest.approx(-1, abs=0.9)
 
 
 async def test_what_is_due_next_is_asked_for_from_a_floor(queue, ask):
@@ -113,12 +112,14 @@ async def test_a_claim_with_rules_leaves_out_what_is_below_its_floor_unless_the_
     [(below,)] = await ask("select notifyq.send('q', key => 'a')")
     [(high,)] = await ask("select notifyq.send('q', key => 'b', priority => 5)")
     [(above,)] = await ask("select notifyq.send('q', key => 'c')")
-    jobs, _ = await claim(Floor(numbers={0: above, 5: 0}))
+    jobs, _ = await claim({0: above, 5: 0})
     assert jobs == ([high, below, above] if found else [high, above])
     assert (await claim())[0] == ([] if found else [below])
 
 
-async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(queue, store, claim, ask, dsn, other):
+async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(
+    queue, store, claim, ask, dsn, other, connection
+):
     number = await queue(policy="singleton")
     payloads: list[str] = []
     listener = await open_connection(dsn)
@@ -141,12 +142,16 @@ async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(queue, s
         return [payload.replace(f":{jobs[1]}", ":second") for payload in rung]
 
     assert await rung_by_an_end() == []
-    await store.stand_far(other, [number], [True])
+    async with connection.transaction():  # somebody tests it at that moment
+        await ask("select pg_advisory_xact_lock(notifyq.lock_class('far'), %s)", number % 64)
+        assert await store.stand_far(other, [number], [True]) == {number: False}
+    assert await rung_by_an_end() == []
+    assert await store.stand_far(other, [number], [True]) == {number: True}
     assert await rung_by_an_end() == ["r:0:second"]
     await ask("select notifyq.update_queue('q', '{\"bell\": \"never\"}')")
     assert await rung_by_an_end() == []
     await ask("select notifyq.update_queue('q', '{\"bell\": \"quiet\"}')")
-    await store.stand_far(other, [number], [False])
+    assert await store.stand_far(other, [number], [False]) == {number: False}
     assert await rung_by_an_end() == []
     await listener.close()
 
@@ -159,7 +164,7 @@ async def test_a_beat_that_does_not_look_still_tells_of_cancel_requests(queue, c
     [(runtime,)] = await ask("select id from notifyq.runtime")
     await ask("select notifyq.cancel(%s)", jobs[1])
     beat = await store.beat(connection, runtime, [number], look=False)
-    assert (beat.renewed, beat.held, beat.cancels, beat.ready, beat.due_in) == (True, 0, [jobs[1]], None, {})
+    assert (beat.renewed, beat.held, beat.cancels, beat.ready, beat.due_in) == (True, None, [jobs[1]], None, {})
     beat = await store.beat(connection, runtime, [number])
     assert (beat.renewed, beat.held, beat.cancels, beat.ready) == (True, 2, [jobs[1]], [number])
     assert beat.due_in == {str(number): pytest.approx(100, abs=5)}

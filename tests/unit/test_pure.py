@@ -26,6 +26,7 @@ from notifyq._claimer import Claimer
 from notifyq._claimer_calls import ClaimerCalls
 from notifyq._codec import decode, encode, to_json
 from notifyq._demand import Floor, Looks, Rate, demand
+from notifyq._due import DueTime
 from notifyq._errors import NoLease
 from notifyq._schema import Installed, SqlFile, plan
 from notifyq._shelf import Shelf
@@ -85,20 +86,54 @@ def test_the_floor_trails_the_head_by_a_second_and_a_ring_lowers_it():
 
 
 def test_the_floor_of_due_times_follows_what_is_due_and_a_ring_lowers_it():
-    floor = Floor()
-    floor.heard_due("5.0")
-    assert floor.due is None  # nothing is known: from the beginning
-    floor.learned_due(None, 100.0)
-    assert floor.due == 99.0
-    floor.learned_due(200.0, 110.0)
-    assert floor.due == 109.0
-    floor.heard_due("90.5")
-    floor.heard_due("95.0")
-    assert floor.due == 90.5
-    floor.learned_due(105.0, 120.0)
-    assert floor.due == 105.0
+    due = DueTime()
+    assert due.heard("5.0")
+    assert (due.since(False), due.since(True)) == (None, math.inf)  # nothing is known
+    due.learning(now=10.0)
+    due.learned(None, server_now=100.0, now=10.0)
+    assert (due.since(False), due.since(True)) == (None, 99.0)
+    due.learning(now=20.0)
+    due.learned(200.0, server_now=113.0, now=23.0)  # which took three seconds
+    assert due.floor == 109.0
+    assert due.heard("90.5")
+    due.heard("95.0")
+    assert due.floor == 90.5
+    due.learning(now=30.0)
+    due.heard("104.0")  # too late to be seen
+    due.learned(105.0, server_now=120.0, now=30.0)
+    assert due.floor == 104.0
+    due.claiming()
+    due.heard("103.0")
+    due.claimed(115.0)
+    assert due.floor == 103.0
+    due.claiming()
+    due.claimed(115.0)
+    assert due.floor == 115.0
+    due.claimed(None)
+    assert due.floor is None
     with pytest.raises(ValueError, match="soon"):
-        floor.heard_due("soon")
+        due.heard("soon")
+
+
+def test_what_a_ring_lowered_is_not_raised_by_what_was_claimed_before():
+    floor = Floor()
+    for second, number in enumerate((10, 20, 30)):
+        floor.claimed([claimed(number)], now=100.0 + second)
+    assert floor.numbers == {0: 20}
+    floor.lower(0, 5)
+    floor.claimed([claimed(40)], now=103.0)
+    assert floor.numbers == {0: 5}
+    floor.claimed([claimed(50)], now=104.0)
+    assert floor.numbers == {0: 40}
+
+
+def test_looks_that_fail_are_as_dear_as_they_took_long():
+    looks = Looks()
+    looks.failed(0.0, 10.0)
+    assert not looks.cheap
+    assert not looks.is_due(10.0 + 499.9)
+    looks.failed(600.0, 600.001)
+    assert looks.cheap
 
 
 def test_looks_are_dear_once_two_in_a_row_took_long():
@@ -107,12 +142,12 @@ def test_looks_are_dear_once_two_in_a_row_took_long():
     assert looks.cheap
     looks.made(2.0, 3.5)
     assert not looks.cheap
-    assert not looks.is_due(3.5 + 19.9)
-    assert looks.is_due(3.5 + 20.1)  # a look of a second may take a twentieth of the time
+    assert not looks.is_due(3.5 + 49.9)
+    assert looks.is_due(3.5 + 50.1)  # a look of a second may take a fiftieth of the time
     assert looks.owed_at == math.inf
     looks.owed = True
-    assert 3.5 + 19.9 < looks.owed_at < 3.5 + 20.1
-    looks.made(24.0, 24.001)
+    assert 3.5 + 49.9 < looks.owed_at < 3.5 + 50.1
+    looks.made(54.0, 54.001)
     assert looks.owed_at == math.inf
     assert looks.cheap
 
@@ -384,7 +419,7 @@ def test_a_schema_of_another_name_has_no_trace_of_the_first():
 
 
 def claimer_of_nothing(claim_at_once: Callable[..., bool], release: Callable[[Any], object]) -> Claimer:
-    async def claim(_how_many: int, _floors: Any) -> Haul:
+    async def claim(_how_many: int, _floors: Any, _due_floor: float | None) -> Haul:
         return Haul([])
 
     async def next_due(_due_floor: float | None) -> tuple[None, float]:
