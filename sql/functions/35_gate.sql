@@ -553,6 +553,7 @@ declare
     room int := take_turns.room;
     working jsonb := take_turns.at_work;
     helping record;
+    next_start_at timestamptz;
 begin
     started_keys := '{}';
     while room > 0 and cardinality(turns) > 0 loop
@@ -687,11 +688,18 @@ begin
         delete from notifyq.blocked b
         where b.job = any (array(select r.job from rested r))
         returning b.job, b.queue, b.attempt
+    ), later as (
+        insert into notifyq.scheduled (job, queue, attempt, due_at)
+        select n.job, n.queue, n.attempt, r.due_at
+        from gone n
+        join rested r on r.job = n.job
+        returning due_at
     )
-    insert into notifyq.scheduled (job, queue, attempt, due_at)
-    select n.job, n.queue, n.attempt, r.due_at
-    from gone n
-    join rested r on r.job = n.job;
+    select min(l.due_at) into next_start_at from later l;
+    if next_start_at is not null then
+        -- The trigger does not ring for who claims on the very session that stands free: it finds nobody else.
+        perform pg_notify(notifyq.channel(q.number), 'd:' || extract(epoch from next_start_at));
+    end if;
 end
 $$;
 

@@ -126,10 +126,10 @@ class Claimer:
 
     def look_again(self) -> None:
         """Look, since notifications may have been missed: from the beginning, or (if that is dear) once that is due."""
-        if self.looks.cheap:
-            self.looks.at = -math.inf
-        else:
+        if self.looks.dear:
             self.looks.owed = True
+        else:
+            self.looks.at = -math.inf
         self._due.unknown = True
         self.bell.ring()
 
@@ -198,7 +198,7 @@ class Claimer:
         self.bell.clear()
         self._due.learning(trio.current_time())
         try:
-            stance = await self._calls.stand_free(self._due.since(not self.looks.cheap))
+            stance = await self._calls.stand_free(self._due.since(self.looks.dear))
         except ConnectionLost:
             self._due.unknown = True
             return True
@@ -338,7 +338,7 @@ class Claimer:
     async def _learn_due(self) -> None:
         self._due.learning(trio.current_time())
         try:
-            due, server_now = await self._calls.next_due(self._due.since(not self.looks.cheap))
+            due, server_now = await self._calls.next_due(self._due.since(self.looks.dear))
         except BaseException:
             self._due.unknown = True
             raise

@@ -31,6 +31,9 @@ LOOK_SHARE = 0.02
 CHEAP_LOOK = 0.004
 """Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
+DEAR = 12
+"""A look that takes more than so many times as long is not made by the way either: by a beat, or who stands free."""
+
 MEASURE_SECONDS = 0.02
 MEASURE_ROUNDS = 2
 """A sample of the rate is either so many seconds of work, or so many jobs of each slot: with fewer, slots that end at one
@@ -117,6 +120,11 @@ class Looks:
     def cheap(self) -> bool:
         """A look from the beginning costs no more than one from the floor."""
         return self.seconds < CHEAP_LOOK
+
+    @property
+    def dear(self) -> bool:
+        """It costs so much that it is made only when it is due."""
+        return self.seconds > DEAR * CHEAP_LOOK
 
     @property
     def owed_at(self) -> float:

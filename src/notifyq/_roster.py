@@ -84,7 +84,7 @@ class Roster:
         bounds = [worker.priorities or (None, None) for worker in self._serving.values()]
         asked: dict[str, Any] = {
             "queues": list(self._serving),
-            "look": all(worker.claimer.looks.cheap for worker in self._serving.values()),
+            "look": not any(worker.claimer.looks.dear for worker in self._serving.values()),
         }
         if any(worker.priorities for worker in self._serving.values()):
             asked |= {"lows": [low for low, _ in bounds], "highs": [high for _, high in bounds]}
@@ -104,7 +104,7 @@ class Roster:
                 worker.claimer.fleet.place, worker.claimer.fleet.size = beat.place, beat.fleet
             if number in ready:
                 worker.claimer.poll()
-            if (due_in := beat.due_in.get(str(number))) is not None:
+            if (due_in := beat.due_in.get(str(number), 0.0 if beat.ready is None else None)) is not None:
                 worker.claimer.due_in(due_in)
 
     def _connected(self) -> None:

@@ -186,7 +186,7 @@ async def test_a_rate_holds_for_two_runtimes_together_and_its_next_start_is_a_du
 
 async def test_a_rate_by_key_is_a_due_time_too(start, nq):
     running = Running()
-    await start(keyed(running, key_rate_limit=2, key_rate_period=0.3))
+    await start(keyed(running, key_rate_limit=2, key_rate_period=0.3), lease=3600)  # no beat tells of it
     queue = Queue("q", int, int)
     with trio.fail_after(20):
         slow = [await nq.send(queue, number, key="slow") for number in range(8)]

@@ -401,6 +401,27 @@ async def test_a_look_from_the_beginning_without_an_answer_is_not_made_again_and
     await seen.wait(JobCompleted, 1)
 
 
+async def test_a_due_time_that_nobody_told_of_is_learned_with_a_beat_though_it_does_not_look(
+    start, nq, connection, monkeypatch
+):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, lease=1.0)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted, 1)
+    rang = "select set_config('notifyq.rang_scheduled', jsonb_build_object(number, 0)::text, true) from notifyq.queue"
+    async with connection.transaction():
+        await connection.execute(rang.encode())
+        await nq.send(queue, 2, delay=0.5, connection=connection)
+    await seen.wait(JobCompleted, 2, seconds=5)
+
+
 @pytest.mark.parametrize("reconnected", [False, True])
 async def test_what_an_end_puts_back_below_the_floor_is_claimed_though_nobody_stood_free(
     start, nq, connection, monkeypatch, reconnected
