@@ -84,7 +84,8 @@ $$;
 -- With a runtime: its lease must be live (NQ005 otherwise) and protects the claim. Without
 -- one (a claim by hand): the job must be settled or touched within lease (default: the job's
 -- timeout). priorities (falling) and floors: look only from floors[i] on at priorities[i], and at what is due
--- from due_floor on; null: look from the beginning. What is ready in an ordered queue is always looked at from there. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
+-- from due_floor on; null: look from the beginning. What is ready in an ordered queue is always looked at from
+-- there. READ COMMITTED only (NQ006). Jobs whose time to start is over are not claimed
 -- but fail as 'expired'; with many of those a claim may return fewer than there are. A paused queue gives
 -- nothing. min_priority, max_priority: only these and what lies between; not together with floors, whose
 -- priorities say it. key_limit: the claim brings no more than so many of one key, less those that at_work

@@ -151,7 +151,7 @@ create index active_key on notifyq.active (queue, key) where key is not null;
 
 -- One row a gated queue. Claims lock it, and what frees a key: there is one at a time. Starts are counted
 -- by hundredths of the period, see rate_room(). generation: that of the queue's keys, see renew_keys(); keys: how many
--- there were when it began. The row is looked up from the highest generation down: those of before are dead.
+-- there were when it began, or what must be gained before so many are moved. The row is looked up from the highest generation down: those of before are dead.
 create table notifyq.gate (
     queue int not null,
     generation int not null default 0,

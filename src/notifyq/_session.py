@@ -287,7 +287,7 @@ class Session:
                 async with self._pool.connection() as connection:
                     held = await self._store.held(connection, self._id)
             except (NotifyqError, psycopg.Error):
-                self._reconnected |= reconnected  # again after the next beat
+                self._reconnected = True  # compare again after the next beat, whatever the doubt was
                 continue
             if reconnected:
                 # The server may have forgotten a claim that was not flushed, or be another one: those jobs run again.

@@ -853,13 +853,24 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq
             raise notifyq.ConnectionLost("its answer was lost")
         return haul
 
+    held = Store.held
+    failed: list[bool] = []
+
+    async def fail_once(self: Store, *args: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise notifyq.ConnectionLost("and so was what was asked about it")
+        return await held(self, *args)
+
     monkeypatch.setattr(Store, "run_claim", lose)
+    monkeypatch.setattr(Store, "held", fail_once)
     monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
     await start(queue, lease=1.0)
     job = await nq.send(queue, 1)
     with trio.fail_after(20):
         assert await nq.result(job) == 1
     assert lost == [job.id]
+    assert failed
 
 
 async def test_a_cancelled_job_of_a_batch_that_then_raises_is_alone_not_retried(start, nq):
