@@ -24,7 +24,7 @@ from ._cell import Cell, Options
 from ._peers import PEERS, Peer
 from ._process import CellFailed
 from ._readme import draw, put_into
-from ._results import Results, newest
+from ._results import Results, newest, unfinished_or_new
 from ._table import show
 from ._verbs import VERBS, measure
 
@@ -32,12 +32,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = README.parent / "results"
+PUBLISHED = 5
+"""Fewest repeats for the README's tables: the median of fewer is not worth publishing on a machine that others use."""
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[PEER|VERB]...")
 @click.option("--settings", default="", metavar="WORD", help="Of peers only rows whose name begins so: default, tuned.")
-@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs of every cell.")
+@click.option("--repeats", default=PUBLISHED, show_default=True, type=click.IntRange(1), help="Runs of every cell.")
 @click.option("--jobs", default=50_000, show_default=True, type=click.IntRange(100), help="Jobs of a drain.")
 @click.option("--seconds", default=30, show_default=True, type=click.IntRange(6), help="Of sustained; pinned has two.")
 @click.option("--limit", default=60, show_default=True, type=click.IntRange(15), help="Most seconds of a drain.")
@@ -45,7 +48,7 @@ README = Path(__file__).parents[1] / "README.md"
     "--json",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File to write, or to go on with.  [default: benchmarks/results/<date>-compare.json]",
+    help="File to write, or to go on with.  [default: that of the run that was stopped last, or a new one of today]",
 )
 @click.option(
     "--readme", is_flag=True, help="Then write tables and pictures of the whole file into benchmarks/README.md."
@@ -68,8 +71,8 @@ def main(
     same command again does only what is missing.
     """
     wanted, verbs = chosen(names)
-    path = path or README.parent / "results" / f"{datetime.date.today():%Y-%m-%d}-compare.json"
-    results = Results(path)
+    check(wanted, settings, repeats, readme=readme)
+    results = Results(path) if path else None
     peers = available(wanted)
     if install_only:
         return
@@ -78,17 +81,20 @@ def main(
     versions = {name: _install.versions(PEERS[name]) for name in peers}
     with alone(), testing.embedded_server() as server:
         told = _server.settings(server)
+        planned = plan(versions, verbs, repeats, options, told["server_version"], settings)
+        if not planned:
+            raise click.UsageError(f"nothing to measure of {', '.join(versions)} by {', '.join(verbs)}")
+        results = results or unfinished_or_new(RESULTS, planned)
         results.about |= {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
         results.about |= {"server_settings": told}
-        planned = plan(versions, verbs, repeats, options, told["server_version"], settings)
         say_settings(planned)
         measure_all(server, results, results.missing(planned), options)
     cells = newest(results.cells)
     show(cells)
     if readme:
         base = README.parent
-        pictures = [str(one.relative_to(base)) for one in draw(cells, path.resolve())]
-        text = put_into(README.read_text(encoding="utf-8"), cells, os.path.relpath(path, base), pictures)
+        pictures = [str(one.relative_to(base)) for one in draw(cells, results.path.resolve())]
+        text = put_into(README.read_text(encoding="utf-8"), cells, os.path.relpath(results.path, base), pictures)
         README.write_text(text, encoding="utf-8")
     if failures := sum("error" in cell for cell in cells):
         raise click.ClickException(f"{failures} cells failed: the same command tries them again")
@@ -121,6 +127,20 @@ def chosen(names: tuple[str, ...]) -> tuple[list[str], list[str]]:
             raise click.UsageError(f"no peer or verb {name!r}: there are {', '.join([*PEERS, *VERBS])}")
     peers, verbs = ([one for one in all_ if one in names] or list(all_) for all_ in (PEERS, VERBS))
     return peers, verbs
+
+
+def check(wanted: list[str], settings: str, repeats: int, *, readme: bool) -> None:
+    """Refuse what would measure nothing, or publish too little.
+
+    Raises:
+        UsageError: no row of these peers has such a name; too few repeats for the README.
+    """
+    rows = {row for name in wanted if PEERS[name].kind not in ("own", "bare") for row in PEERS[name].rows}
+    if settings and not any(row.startswith(settings) for row in rows):
+        told = f"there are {', '.join(sorted(rows))}" if rows else "none of them has rows to choose from"
+        raise click.UsageError(f"--settings {settings}: no row of {', '.join(wanted)} begins so: {told}")
+    if readme and repeats < PUBLISHED:
+        raise click.UsageError(f"--readme with --repeats {repeats}: too few for a table, it takes {PUBLISHED} or more")
 
 
 def available(wanted: list[str]) -> list[str]:
@@ -179,6 +199,7 @@ def say_settings(planned: list[dict[str, Any]]) -> None:
 
 def measure_all(server: str, results: Results, missing: list[dict[str, Any]], options: Options) -> None:
     """Measure these cells, and write each down."""
+    commit = _install.commit()
     for number, planned in enumerate(missing, 1):
         title = "{verb}: {peer}, {row}, repeat {repeat}".format(**planned)
         began = time.monotonic()
@@ -189,6 +210,8 @@ def measure_all(server: str, results: Results, missing: list[dict[str, Any]], op
         seconds = time.monotonic() - began
         told = outcome.get("error") or {key: one for key, one in outcome["figures"].items() if key != "curve"}
         click.echo(f"[{number}/{len(missing)}] {title}: {told} in {seconds:.0f} s", err=True)
+        if commit:
+            outcome["commit"] = commit
         results.add({**planned, "at": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}", **outcome})
 
 

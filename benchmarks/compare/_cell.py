@@ -42,6 +42,7 @@ class Options:
 _BY_VERB = {
     "pickup": ("pickups",),
     "sends": ("sends_seconds",),
+    "sends_heard": ("sends_seconds",),
     "drain": ("jobs", "limit"),
     "drain2": ("jobs", "limit"),
     "sustained": ("seconds", "in_flight"),

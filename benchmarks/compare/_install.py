@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ._peers import Peer
 
-__all__ = ["NotInstalled", "command", "install", "versions"]
+__all__ = ["NotInstalled", "command", "commit", "install", "versions"]
 
 ROOT = Path(__file__).parent / ".peers"
 ADAPTERS = Path(__file__).parent / "peers"
@@ -115,6 +115,15 @@ def versions(peer: Peer) -> dict[str, str]:
     if peer.adapter:
         found["adapter"] = digest([ADAPTERS / peer.adapter, ADAPTERS / f"role{Path(peer.adapter).suffix}"])
     return found
+
+
+def commit() -> str | None:
+    """The commit that is checked out here, marked if something in it was changed; None without git."""
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=7", "--match="]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from importlib import import_module
@@ -32,13 +33,31 @@ def put_into(text: str, cells: list[dict[str, Any]], results: str, pictures: lis
     """The text with the tables, and links to the file and the pictures, between its two marks."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise click.ClickException(f"the README needs one line {BEGIN} and one line {END}")
-    repeats = max(cell["repeat"] for cell in cells)
-    options = {name: value for cell in cells for name, value in cell["options"].items()}
-    told = ", ".join(f"{name} {value:,}" for name, value in options.items())
-    head = f"From [`{results}`]({results}), {repeats} repeats, with {told}: medians, and lowest to highest.\n\n"
     tail = "".join(f"\n![{one}]({one})\n" for one in pictures)
     found = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    return found.sub(lambda _: f"{BEGIN}\n\n{head}{markdown(cells)}{tail}\n{END}", text)
+    return found.sub(lambda _: f"{BEGIN}\n\n{_head(cells, results)}{markdown(cells)}{tail}\n{END}", text)
+
+
+def _head(cells: list[dict[str, Any]], results: str) -> str:
+    """Where the figures come from, when they were taken, of which notifyq; how often and with what each verb ran."""
+    times = sorted(cell["at"].replace("T", " ")[:16] for cell in cells if "at" in cell)
+    when = f", measured from {times[0]} to {times[-1]} (UTC)" if times else ""
+    commits = list(dict.fromkeys(cell["commit"] for cell in cells if cell["peer"] == "notifyq" and "commit" in cell))
+    what = f", notifyq of commit {', '.join(commits)}" if commits else ""
+    runs = dict[str, list[str]]()
+    for verb in dict.fromkeys(cell["verb"] for cell in cells):
+        of_verb = [cell for cell in cells if cell["verb"] == verb]
+        options = {json.dumps(cell["options"]): cell["options"] for cell in of_verb}
+        told = " or ".join(", ".join(f"{name} {value:,}" for name, value in one.items()) for one in options.values())
+        repeats = sorted({sum(_row(one) == row for one in of_verb) for row in map(_row, of_verb)})
+        times_run = f"{' to '.join(str(one) for one in dict.fromkeys((repeats[0], repeats[-1])))}x, with {told}"
+        runs.setdefault(times_run, []).append(verb)
+    list_of_runs = "; ".join(f"{', '.join(verbs)} {times_run}" for times_run, verbs in runs.items())
+    return f"From [`{results}`]({results}){when}{what}: medians, and lowest to highest.\nRun: {list_of_runs}.\n\n"
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, str]:
+    return cell["peer"], cell["row"]
 
 
 def draw(cells: list[dict[str, Any]], base: Path) -> list[Path]:

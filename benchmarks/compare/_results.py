@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Results", "newest"]
+__all__ = ["Results", "newest", "unfinished_or_new"]
 
 IDENTITY = ("peer", "row", "verb", "repeat", "versions", "settings", "options", "server_version")
 """What makes a cell the same as another: with all of them alike there is nothing to measure again."""
@@ -26,6 +27,16 @@ def newest(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         cell for cell in cells if last[cell["peer"], cell["row"], cell["verb"]] == _identity(cell, without="repeat")
     ]
+
+
+def unfinished_or_new(folder: Path, planned: list[dict[str, Any]]) -> Results:
+    """The newest results, if they have some of these cells and not all, whatever day they were begun; or today's."""
+    files = sorted(folder.glob("*-compare.json"))
+    if files:
+        last = Results(files[-1])
+        if 0 < len(last.missing(planned)) < len(planned):
+            return last
+    return Results(folder / f"{datetime.date.today():%Y-%m-%d}-compare.json")
 
 
 class Results:

@@ -22,6 +22,7 @@ MARKS = (
 FIGURES: dict[str, dict[str, str]] = {
     "pickup": {"p50_ms": "pickup p50, ms", "p99_ms": "p99, ms"},
     "sends": {"by_1_per_second": "sends/s of one task", "by_10_per_second": "of ten tasks"},
+    "sends_heard": {"by_1_per_second": "while a worker runs them: one task", "by_10_per_second": "ten tasks"},
     "drain": {
         "jobs_per_second": "drain by one process, jobs/s",
         "wal_bytes_per_job": "WAL bytes a job",
@@ -41,7 +42,7 @@ FIGURES: dict[str, dict[str, str]] = {
 """Columns by verb. The first of each has the spread beside the median."""
 
 TABLES = {
-    "Waking, sending": ("pickup", "sends"),
+    "Waking, sending": ("pickup", "sends", "sends_heard"),
     "Draining": ("drain", "drain2"),
     "A steady state": ("sustained", "control", "pinned"),
     "Ten queues, nothing to do": ("idle",),

@@ -121,18 +121,25 @@ def _until_settled(cell: Cell, workers: list[Role]) -> None:
             return
 
 
-def sends(cell: Cell) -> dict[str, Any]:
-    """Jobs/s of sends one by one, by one and by ten tasks of a process."""
-    cell.install()
-    figures = {}
-    with cell.role() as producer:
-        producer.ask("open")
-        for tasks in (1, 10):
-            producer.ask("singly", seconds=0.5, tasks=tasks)
-            cell.database.settle()
-            told = producer.ask("singly", seconds=cell.options.sends_seconds, tasks=tasks)
-            figures[f"by_{tasks}_per_second"] = told["sent"] / told["seconds"]
-    return figures
+def sends(*, heard: bool = False) -> Callable[[Cell], dict[str, Any]]:
+    """Jobs/s of sends one by one, by one and by ten tasks of a process: alone, or while another one runs them."""
+
+    def measured(cell: Cell) -> dict[str, Any]:
+        cell.install()
+        figures = {}
+        with ExitStack() as stack:
+            if heard:
+                stack.enter_context(cell.role()).ask("start")
+            producer = stack.enter_context(cell.role())
+            producer.ask("open")
+            for tasks in (1, 10):
+                producer.ask("singly", seconds=0.5, tasks=tasks)
+                cell.database.settle()
+                told = producer.ask("singly", seconds=cell.options.sends_seconds, tasks=tasks)
+                figures[f"by_{tasks}_per_second"] = told["sent"] / told["seconds"]
+        return figures
+
+    return measured
 
 
 def idle(cell: Cell) -> dict[str, Any]:
@@ -149,7 +156,8 @@ def idle(cell: Cell) -> dict[str, Any]:
 
 VERBS: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "pickup": pickup,
-    "sends": sends,
+    "sends": sends(),
+    "sends_heard": sends(heard=True),
     "drain": drain(1),
     "drain2": drain(2),
     "sustained": steady(),

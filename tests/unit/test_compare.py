@@ -12,11 +12,11 @@ import click
 import pytest
 
 from benchmarks.compare import _install
-from benchmarks.compare.__main__ import alone, available, chosen, plan
+from benchmarks.compare.__main__ import alone, available, check, chosen, plan
 from benchmarks.compare._cell import Options
 from benchmarks.compare._peers import PEERS
 from benchmarks.compare._readme import BEGIN, END, put_into
-from benchmarks.compare._results import Results, newest
+from benchmarks.compare._results import Results, newest, unfinished_or_new
 from benchmarks.compare._table import FIGURES, TABLES, markdown, notes, tables
 from benchmarks.compare._verbs import VERBS
 from benchmarks.compare.peers.role import Meter, now
@@ -46,6 +46,28 @@ def test_the_command_refuses_in_one_line():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("compare: no peer or verb 'celery'")
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "repeats", "message"),
+    [
+        (["pgqueuer"], "tund", 5, "--settings tund: no row of pgqueuer begins so: there are default, tuned"),
+        (
+            ["limit", "notifyq"],
+            "tuned",
+            5,
+            "--settings tuned: no row of limit, notifyq begins so: none of them has rows",
+        ),
+        (["pgqueuer"], "", 4, "--readme with --repeats 4: too few for a table, it takes 5 or more"),
+    ],
+)
+def test_what_would_measure_nothing_or_publish_too_little_is_refused(
+    names: list[str], settings: str, repeats: int, message: str
+):
+    with pytest.raises(click.UsageError, match=message):
+        check(names, settings, repeats, readme=True)
+    check(["pgqueuer"], "tuned", 1, readme=False)
+    check(["notifyq"], "", 5, readme=True)
 
 
 def test_only_one_comparison_runs_at_a_time(tmp_path: Path):
@@ -100,6 +122,20 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path):
     assert Results(file).about == {"schema": 1}
 
 
+def test_a_stopped_run_goes_on_on_another_day_and_a_whole_one_does_not(tmp_path: Path):
+    planned = plan(VERSIONS, ["pickup"], 1, Options(), "18.0")
+    old = Results(tmp_path / "2020-02-29-compare.json")
+    for cell in planned[:-1]:
+        old.add({**cell, "figures": {"p50_ms": 1.0}})
+    assert unfinished_or_new(tmp_path, planned).path == old.path
+    old.add({**planned[-1], "figures": {"p50_ms": 1.0}})
+    new = unfinished_or_new(tmp_path, planned)
+    assert new.path.parent == tmp_path
+    assert new.path.name > old.path.name
+    assert new.missing(planned) == planned
+    assert unfinished_or_new(tmp_path, plan(VERSIONS, ["drain"], 1, Options(), "18.0")).path == new.path
+
+
 def test_another_version_is_measured_again_and_other_options_of_other_verbs_do_not_matter(tmp_path: Path):
     results = Results(tmp_path / "results.json")
     for cell in plan(VERSIONS, ["pickup"], 1, Options(), "18.0"):
@@ -147,10 +183,24 @@ def test_tables_stand_between_the_marks_of_the_readme():
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"![results/one.svg](results/one.svg)\n\n{END}\nafter\n")
     assert "old" not in text
+    assert "](results/one.json): medians, and lowest to highest.\nRun: idle 1x, with seconds 30." in text
     assert markdown(found) in text
     assert "| pgqueuer, default | outcome | 1 | 1.50 | 2 |" in text
     with pytest.raises(click.ClickException, match="needs one line"):
         put_into("nothing", found, "one.json", [])
+
+
+def test_the_tables_say_when_what_and_how_often():
+    found = [
+        {**cell, "at": f"2026-02-0{number}T10:11:12Z"}
+        for number, cell in enumerate([*cells("pickup", {"p50_ms": 1.0}, {"p50_ms": 2.0}), *cells("drain", {})], 1)
+    ]
+    found[0] |= {"peer": "notifyq", "commit": "abc1234"}
+    text = put_into(f"{BEGIN}\n{END}", found, "one.json", [])
+    assert "measured from 2026-02-01 10:11 to 2026-02-03 10:11 (UTC), notifyq of commit abc1234: medians" in text
+    assert "Run: pickup 1x, with pickups 300; drain 1x, with jobs 50,000, limit 60." in text
+    found += cells("pickup", {"p50_ms": 2.0}, {"p50_ms": 2.0})
+    assert "pickup 1 to 3x, with" in put_into(f"{BEGIN}\n{END}", found, "one.json", [])
 
 
 def test_settings_and_pages_stand_below_the_tables():
