@@ -107,6 +107,19 @@ async def other(dsn: str) -> AsyncIterator[TrioConnection]:
 
 
 @pytest.fixture
+def ask(connection: TrioConnection) -> Callable[..., Awaitable[list[Any]]]:
+    """Run statements on this test's connection, and get the rows of the last one."""
+
+    async def ask(statement: str, *parameters: object) -> list[Any]:
+        cursor = await connection.execute(statement.encode(), parameters or None)
+        while cursor.nextset():
+            pass
+        return await cursor.fetchall() if cursor.description else []
+
+    return ask
+
+
+@pytest.fixture
 def store() -> Store:
     return Store("notifyq")
 

@@ -49,15 +49,6 @@ def working(name: str = "q", *schedules: Schedule) -> tuple[Queue[Any, Any], lis
     return queue, done
 
 
-@pytest.fixture
-def ask(connection):
-    async def ask(statement: str, *parameters: Any) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
-
-
 # firing
 
 

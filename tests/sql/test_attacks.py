@@ -123,15 +123,6 @@ OPERATING = [
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
-
-
-@pytest.fixture
 async def role(connection: TrioConnection) -> AsyncIterator[str]:
     """A role that may make what it likes in a schema of its own; of no kind yet."""
     role = f"attacker_{connection.info.dbname[-12:]}"

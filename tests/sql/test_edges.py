@@ -19,15 +19,6 @@ STATES = ("ready", "scheduled", "active", "completed", "failed", "cancelled")
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
-
-
-@pytest.fixture
 async def queue(ask):
     await ask("select notifyq.create_queue('q', '{\"retry_limit\": 1, \"retry_delay\": 0}')")
     return "q"

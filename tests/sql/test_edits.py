@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import psycopg
 import pytest
 
-if TYPE_CHECKING:
-    from notifyq._connection import TrioConnection
-
 
 @pytest.fixture
-async def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
+async def ask(ask):
     await ask("select notifyq.create_queue('q', '{\"retry_delay\": 0}')")
     return ask
 

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import psycopg
 import pytest
 import trio
 
 from notifyq._opening import open_connection
-
-if TYPE_CHECKING:
-    from notifyq._connection import TrioConnection
-
-
-@pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
 
 
 @pytest.fixture

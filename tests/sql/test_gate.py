@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 import pytest
-
-if TYPE_CHECKING:
-    from notifyq._connection import TrioConnection
-
-
-@pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
 
 
 class Line:

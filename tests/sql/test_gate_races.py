@@ -79,14 +79,6 @@ class Call:
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        return await rows(connection, statement, *parameters)
-
-    return ask
-
-
-@pytest.fixture
 async def third(dsn: str) -> AsyncIterator[TrioConnection]:
     third = await open_connection(dsn)
     yield third

@@ -36,15 +36,6 @@ KEYS = "select key, held, head, turn, starts, counts from notifyq.key order by q
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
-
-
-@pytest.fixture
 async def snapshot(dsn: str) -> AsyncIterator[TrioConnection]:
     """A session that holds a snapshot open."""
     connection = await open_connection(dsn)

@@ -147,15 +147,6 @@ DECIDED = decided()
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
-
-
-@pytest.fixture
 async def roles(connection: TrioConnection) -> AsyncIterator[dict[str, str]]:
     """A role of each kind, by kind; their names have this test's own ending, since roles are the whole server's."""
     names = {kind: f"{kind}_{connection.info.dbname[-12:]}" for kind in ROLES}

@@ -35,14 +35,6 @@ async def until_waiting(watcher: TrioConnection, waiter: TrioConnection) -> None
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: Any) -> list:
-        return await rows(connection, statement, *parameters)
-
-    return ask
-
-
-@pytest.fixture
 async def queue(ask):
     await ask("select notifyq.create_queue('q', '{\"retry_limit\": 7}')")
     return "q"

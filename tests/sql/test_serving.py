@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import psycopg
 import pytest
 
-if TYPE_CHECKING:
-    from notifyq._connection import TrioConnection
-
 RUNTIME = "11111111-1111-1111-1111-111111111111"
-
-
-@pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        cursor = await connection.execute(statement.encode(), parameters or None)
-        return await cursor.fetchall() if cursor.description else []
-
-    return ask
 
 
 @pytest.fixture
