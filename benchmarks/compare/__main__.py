@@ -18,6 +18,7 @@ import click
 import psycopg
 
 from notifyq import testing
+from notifyq.bench._one_line import run
 
 from . import _install, _server
 from ._cell import Cell, Options
@@ -224,10 +225,4 @@ def measure_one(server: str, planned: dict[str, Any], options: Options) -> dict[
 
 
 if __name__ == "__main__":
-    try:
-        main(prog_name="python -m benchmarks.compare", standalone_mode=False)
-    except click.ClickException as error:  # one line: without click's usage above it
-        click.echo(f"compare: {error.format_message()}", err=True)
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    run(main, "benchmarks.compare")

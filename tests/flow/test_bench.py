@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from click.testing import CliRunner
 
 from notifyq import Queue, bench
 from notifyq.bench import __main__ as command
-from notifyq.bench._options import ALL, PLOTTED
+from notifyq.bench._one_line import run as run_command
+from notifyq.bench._options import ALL, PLOTTED, doubts
 from notifyq.bench._plots import is_installed
 from notifyq.bench._report import write
 from notifyq.bench._sustained import last_over_first
@@ -45,8 +45,9 @@ FIGURES = {
     "drain": {"jobs_per_second", "processes", "kept"} | LIMIT,
     "latency": {"p50_ms", "p95_ms", "p99_ms", "max_ms", "limit_p50_ms", "p50_over_limit"},
     "keys": {f"{rule}_{number}_jobs_per_second" for rule in ("singleton", "key_limit_5") for number in (1, 100, 10_000)}
-    | {"freed_p50_ms", "plain_p50_ms", "freed_over_plain"},
-    "flows": {"sent_jobs_per_second", "run_jobs_per_second"},
+    | {"freed_p50_ms", "plain_p50_ms", "freed_over_plain"}
+    | {f"limit_{number}_jobs_per_second" for number in (1, 100, 10_000)},
+    "flows": {f"{of}{what}_jobs_per_second" for of in ("", "limit_") for what in ("sent", "run")},
     "senders": {
         "sends_per_second",
         "no_notify_sends_per_second",
@@ -62,7 +63,15 @@ FIGURES = {
     "pinned": {
         f"{of}{figure}" for of in ("", "control_", "limit_") for figure in ("jobs_per_second", "last_over_first")
     },
-    "idle": {"statements_per_second", "connections", "cpu_fraction", "queues", "counted"},
+    "idle": {
+        "statements_per_second",
+        "connections",
+        "cpu_fraction",
+        "limit_statements_per_second",
+        "limit_connections",
+        "queues",
+        "counted",
+    },
     "backlog": {
         "jobs",
         "claim_ratio",
@@ -98,7 +107,13 @@ SAMPLES = {
 
 def run(server: str, *arguments: str) -> str:
     """Run the benchmark as a process on a server; returns what it printed."""
-    done = subprocess.run(
+    done = run_it(server, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_it(server: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "notifyq.bench", "--dsn", server, *arguments],
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,
@@ -106,17 +121,21 @@ def run(server: str, *arguments: str) -> str:
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
-def refusal(*arguments: str) -> str:
-    """The one line with which it ends."""
-    ended = CliRunner().invoke(command.main, arguments, env={"DATABASE_URL": "", "COLUMNS": "200"})
-    assert ended.exit_code in (1, 2), ended.output
-    [line] = [line for line in ended.output.splitlines() if line.startswith("Error:")]
-    assert ended.output.endswith(line + "\n")
-    return line
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+
+    def refusal(*arguments: str) -> str:
+        """The one line that it says, and ends."""
+        with pytest.raises(SystemExit) as ended:
+            run_command(command.main, "notifyq.bench", arguments)
+        assert ended.value.code in (1, 2)
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    return refusal
 
 
 def test_every_workload_is_tried_here():
@@ -137,7 +156,7 @@ def test_a_workload_finds_what_its_names_say(server, tmp_path, name):
         assert figure in printed
         if isinstance(found[figure], float):
             assert math.isfinite(found[figure])
-            assert found[figure] > 0 or figure in ("statements_per_second", "cpu_fraction")
+            assert found[figure] > 0 or figure.endswith("statements_per_second") or figure == "cpu_fraction"
     for samples in SAMPLES.get(name, ()):
         assert len(one[samples]) >= 12
     assert report["settings"]["each"][name]["warm_up"] == 0
@@ -200,13 +219,31 @@ async def test_what_is_on_the_server_is_not_touched(server, dsn, nq):
         (("enqueue", "--dsn=host=127.0.0.1 port=1"), "the server said: connection failed"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_a_line(arguments, why):
+def test_what_cannot_be_measured_is_refused_in_a_line(refusal, arguments, why):
     assert why in refusal(*arguments)
 
 
-def test_pictures_without_matplotlib_are_refused(monkeypatch):
+def test_pictures_without_matplotlib_are_refused(refusal, monkeypatch):
     monkeypatch.setattr(command, "is_installed", lambda: False)
-    assert refusal("latency", "--plot=pictures") == "Error: --plot needs matplotlib: pip install 'notifyq[bench]'"
+    assert refusal("latency", "--plot=pictures") == "bench: --plot needs matplotlib: pip install 'notifyq[bench]'"
+
+
+def test_more_senders_than_the_server_takes_are_refused_before_anything_is_made(refusal, server):
+    line = refusal("senders", "--senders=100000", "--dsn", server)
+    assert line.startswith("bench: --senders 100000: the server has max_connections of ")
+
+
+async def test_what_makes_figures_doubtful_is_said_and_they_are_taken(server, connection):
+    done = run_it(server, "enqueue", "drain", "--jobs=100", "--not-kept", "--repeat=1", "--warm-up=0")
+    assert done.returncode == 0
+    kept, repeat, others = (line for line in done.stderr.splitlines() if line.startswith("bench: "))
+    assert kept == "bench: --kept and --not-kept are for drain, flows: it changes nothing of enqueue"
+    assert repeat == "bench: --repeat 1: the median of so few runs says little, 3 or more show their spread"
+    assert others.endswith("connected to this server: what they do is in the figures")
+
+
+def test_nothing_is_doubtful_of_what_was_asked_of_all():
+    assert doubts(list(ALL), {"processes": 2, "senders": 5, "repeat": 3}) == []
 
 
 def test_the_last_of_a_run_is_compared_with_its_first():

@@ -20,8 +20,10 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``keys.singleton_N_jobs_per_second``, ``key_limit_5_N_…`` | jobs of N keys, others hold 100,000 back (or 20 ``--jobs``) |
 | ``keys.freed_p50_ms``, ``plain_p50_ms`` | end of a job to the start of the next of its key; plain pickup |
 | ``keys.freed_over_plain`` | one over the other |
+| ``keys.limit_N_jobs_per_second`` | bare deletes of N rows at a time, 100 at most, each batch durable before the next |
 | ``senders.always_sends_per_second``, ``over_always`` | the same with ``bell="always"``; by how much the default is faster |
 | ``flows.sent_jobs_per_second``, ``run_jobs_per_second`` | 10,000 jobs between one before and one after them |
+| ``flows.limit_sent_jobs_per_second``, ``limit_run_…`` | as many bare rows that wait for nothing: inserted, deleted |
 | ``senders.sends_per_second`` | ``notifyq.send()`` of one job a transaction, by all senders, while workers are busy |
 | ``senders.no_notify_sends_per_second``, ``fraction_of_no_notify`` | the same with ``bell="never"``; one over the other |
 | ``senders.limit_sends_per_second``, ``fraction_of_limit`` | bare inserts, no trigger; our part of that |
@@ -35,6 +37,7 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``pinned.limit_…`` | both of a bare table under such a snapshot |
 | ``idle.statements_per_second``, ``counted`` | of a runtime whose queues stay empty; whether as statements or transactions |
 | ``idle.connections``, ``cpu_fraction``, ``queues`` | its sessions; processor time of its process a second; queues |
+| ``idle.limit_statements_per_second``, ``limit_connections`` | of a session in plain psycopg that listens |
 | ``backlog.claim_ratio``, ``claim_100_ratio`` | time of a claim of 50, of 100, with ``jobs`` waiting over one with 10,000 |
 | ``backlog.claim_ms``, ``jobs`` | the former with ``jobs`` waiting; how many that is |
 | ``backlog.claim_ratio_kept``, ``claim_100_ratio_kept`` | the ratios with 10,000 waiting and as many finished ones kept |

@@ -13,8 +13,9 @@ from notifyq import NotifyqError
 from notifyq._ctrl_c import every_end_is_ctrl_c
 
 from ._measure import measure
-from ._options import ALL, MAIN, check
-from ._parts import ProcessEnded
+from ._one_line import run
+from ._options import ALL, MAIN, check, doubts
+from ._parts import CannotMeasure
 from ._plots import draw, is_installed
 from ._report import show, write
 
@@ -31,7 +32,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command(
     help=f"Measure WORKLOADS: {MAIN_WORDS} (the default), {OTHER_WORDS}, or all.\n\n"
     "In databases of its own, which it drops afterwards, on a server that it starts, or on the one given. "
-    "It touches no database that it has not made."
+    "It touches no database that it has not made, and needs a role that may create databases."
 )
 @click.argument("workloads", nargs=-1, type=click.Choice([*ALL, "all"]), metavar="[WORKLOADS]...")
 @click.option(
@@ -72,12 +73,14 @@ def main(
     }
     if (wrong := check(names, given)) is not None:
         raise click.UsageError(wrong)
+    for doubt in doubts(names, given):
+        click.echo(f"bench: {doubt}", err=True)
     if plot is not None and not is_installed():
         raise click.UsageError("--plot needs matplotlib: pip install 'notifyq[bench]'")
     try:
         with every_end_is_ctrl_c():
             report = measure(names, dsn, **options)
-    except (NotifyqError, ProcessEnded) as error:
+    except (NotifyqError, CannotMeasure) as error:
         raise click.ClickException(str(error)) from None
     except psycopg.Error as error:
         raise click.ClickException(f"the server said: {' '.join(str(error).split())}") from None
@@ -90,4 +93,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "notifyq.bench")

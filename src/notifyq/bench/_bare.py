@@ -15,9 +15,6 @@ from ._sql import BARE_CLAIM, BARE_FILL, BARE_LISTEN, BARE_SEND, BARE_TAKE
 
 __all__ = ["consume", "enqueue", "produce", "take"]
 
-BATCH = 100
-"""Rows that a bare worker takes at a time: as many as ours claims at least when jobs are quick."""
-
 
 def enqueue(dsn: str, jobs: int, batch: int, concurrency: int) -> None:
     """Insert so many rows in statements of ``batch``, over ``concurrency`` connections at once."""
@@ -41,15 +38,15 @@ def enqueue(dsn: str, jobs: int, batch: int, concurrency: int) -> None:
         connection.close()
 
 
-def take(dsn: str, kept: bool) -> None:
-    """At go, delete rows in batches until there are none; kept: each lands in another table, with its output."""
+def take(dsn: str, kept: bool, rows: int) -> None:
+    """At go, delete rows, so many at a time, until there are none; kept: each lands in another table, with its output."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         say(ready=True)
         sys.stdin.readline()
         started = time.perf_counter()
         taken = 0
-        while (rows := len(connection.execute(BARE_TAKE, {"rows": BATCH, "kept": kept}).fetchall())) > 0:
-            taken += rows
+        while (found := len(connection.execute(BARE_TAKE, {"rows": rows, "kept": kept}).fetchall())) > 0:
+            taken += found
         say(seconds=time.perf_counter() - started, taken=taken)
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import attrs
+import click
 import psycopg
 import trio
 from rich.console import Console
@@ -17,13 +18,16 @@ from notifyq._connect import resolve_dsn
 
 from ._databases import own_database
 from ._options import ALL
-from ._parts import Found, Settings
+from ._parts import CannotMeasure, Found, Settings
 from ._report import medians
 from ._rules import RULES
-from ._sql import SETTINGS
+from ._sql import OTHERS, SETTINGS
 from ._steady import STEADY
 
 __all__ = ["measure"]
+
+SPARE = 20
+"""Connections that a run takes besides those of its senders, and that a server keeps for superusers."""
 
 KEPT = 86_400
 """Seconds of retention of the queues whose outputs are read afterwards."""
@@ -55,6 +59,7 @@ def measure(
     """
     with ExitStack() as stack:
         server = resolve_dsn(dsn) if dsn else stack.enter_context(testing.embedded_server())
+        _look_at(server, names, options["senders"], given=bool(dsn))
         own = stack.enter_context(own_database(server))
         plans = []
         for name in names:
@@ -93,6 +98,19 @@ def measure(
         },
         "workloads": {name: medians(runs) for name, runs in found.items()},
     }
+
+
+def _look_at(server: str, names: list[str], senders: int, *, given: bool) -> None:
+    """Refuse a server that has not enough connections; say so if others are at work on it."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        others, most = connection.execute(OTHERS).fetchone() or (0, 0)
+    if "senders" in names and senders + SPARE > most:
+        raise CannotMeasure(
+            f"--senders {senders}: the server has max_connections of {most}, and {SPARE} are for everything else"
+        )
+    if given and others:
+        are = "one other session is" if others == 1 else f"{others} other sessions are"
+        click.echo(f"bench: {are} connected to this server: what they do is in the figures", err=True)
 
 
 def _said(plan: Plan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ._workloads import drain, enqueue, latency
 if TYPE_CHECKING:
     from ._parts import Workload
 
-__all__ = ["ALL", "MAIN", "PLOTTED", "Kind", "check"]
+__all__ = ["ALL", "MAIN", "PLOTTED", "Kind", "check", "doubts"]
 
 
 @attrs.frozen
@@ -50,17 +50,18 @@ ALL = {
 MAIN = ("enqueue", "drain", "latency")
 """What is measured if nothing is named."""
 
+FEW = 3
+"""With fewer runs there is no median to speak of."""
+
 PLOTTED = ("latency", "sustained", "pinned")
 """Those that have something to plot."""
 
 
 def check(names: list[str], given: dict[str, Any]) -> str | None:
     """What is wrong with the options given on the command line for these workloads, in one line; None: nothing."""
-    for option, value in given.items():
-        readers = PLOTTED if option == "plot" else tuple(name for name, kind in ALL.items() if option in kind.uses)
-        if value is not None and readers and not set(readers) & set(names):
-            flag = "--kept and --not-kept are" if option == "kept" else f"--{option} is"
-            return f"{flag} for {', '.join(readers)}, not for {', '.join(names)}"
+    for option, readers in _read(given).items():
+        if not set(readers) & set(names):
+            return f"{_flag(option)} for {', '.join(readers)}, not for {', '.join(names)}"
     jobs, processes = given.get("jobs"), given.get("processes", 1)
     if jobs is not None and processes > jobs and "enqueue" in names:
         return f"--jobs {jobs} is too few for --processes {processes}: each sends at least one"
@@ -68,3 +69,29 @@ def check(names: list[str], given: dict[str, Any]) -> str | None:
     if file is not None and not file.parent.is_dir():
         return f"--json: there is no folder {file.parent}"
     return None
+
+
+def doubts(names: list[str], given: dict[str, Any]) -> list[str]:
+    """What of the given options does not do what one could think, a line each."""
+    found = []
+    if names != list(ALL):
+        for option, readers in _read(given).items():
+            if others := [name for name in names if name not in readers]:
+                found.append(f"{_flag(option)} for {', '.join(readers)}: it changes nothing of {', '.join(others)}")
+    if (repeat := given.get("repeat")) is not None and repeat < FEW:
+        found.append(f"--repeat {repeat}: the median of so few runs says little, {FEW} or more show their spread")
+    return found
+
+
+def _read(given: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The options that were given and that only some workloads read, and these."""
+    readers = {
+        option: PLOTTED if option == "plot" else tuple(name for name, kind in ALL.items() if option in kind.uses)
+        for option, value in given.items()
+        if value is not None
+    }
+    return {option: names for option, names in readers.items() if names}
+
+
+def _flag(option: str) -> str:
+    return "--kept and --not-kept are" if option == "kept" else f"--{option} is"

@@ -19,6 +19,7 @@ from ._sql import CLEAR
 __all__ = [
     "GAP",
     "TURN",
+    "CannotMeasure",
     "Found",
     "ProcessEnded",
     "Role",
@@ -67,7 +68,11 @@ class Settings:
 Workload = Callable[[Settings, Tell], Found]
 
 
-class ProcessEnded(RuntimeError):
+class CannotMeasure(RuntimeError):
+    """Why there are no figures, in a line."""
+
+
+class ProcessEnded(CannotMeasure):
     """A process of the benchmark has ended by itself, which is a fault of it or of the server."""
 
 

@@ -15,7 +15,8 @@ import trio
 from notifyq import Flow, NewJob, Queue, connect
 
 from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear, wait_finished
-from ._sql import CLAIM_HELD, PICKUPS, SEND_TO, UNFINISHED_BUT_HELD
+from ._sql import BARE_FILL, CLAIM_HELD, PICKUPS, SEND_TO, UNFINISHED_BUT_HELD
+from ._workloads import BARE_BATCH, bare_drain
 
 __all__ = ["RULES", "flows", "keys"]
 
@@ -31,7 +32,10 @@ FREED = 100
 
 
 def keys(settings: Settings, tell: Tell) -> Found:
-    """Jobs/s by rule and number of keys while other keys hold back 100,000 jobs; freed key to next start; plain pickup."""
+    """Jobs/s by rule and number of keys while other keys hold back 100,000 jobs; freed key to next start; plain pickup.
+
+    The limit: bare deletes of as many rows at a time as there are keys, 100 at most, by one process.
+    """
     figures: Found = {}
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
@@ -41,7 +45,7 @@ def keys(settings: Settings, tell: Tell) -> Found:
             stack.enter_context(Role("work", settings.dsn, settings.concurrency))
         for rule, queue in RULES.items():
             for number in KEYS:
-                jobs = min(settings.jobs, 2_000 if number == 1 else 20_000)
+                jobs = _jobs_of(number, settings)
                 data = [{"data": job, "key": f"k{job % number}"} for job in range(jobs)]
                 started = time.perf_counter()
                 connection.execute(SEND_TO, (queue.name, json.dumps(data)))
@@ -61,7 +65,15 @@ def keys(settings: Settings, tell: Tell) -> Found:
     figures["plain_p50_ms"] = statistics.median(plain)
     figures["freed_over_plain"] = figures["freed_p50_ms"] / figures["plain_p50_ms"]
     clear(settings.dsn)
+    for number in KEYS:
+        data = [{"data": job} for job in range(_jobs_of(number, settings))]
+        limit = bare_drain(settings, json.dumps(data), min(number, BARE_BATCH), processes=1)
+        figures[f"limit_{number}_jobs_per_second"] = limit
     return figures
+
+
+def _jobs_of(keys: int, settings: Settings) -> int:
+    return min(settings.jobs, 2_000 if keys == 1 else 20_000)
 
 
 def _hold_back(connection: psycopg.Connection[Any], queue: str, blocked: int) -> None:
@@ -83,7 +95,10 @@ def _send_chain(dsn: str) -> None:
 
 
 def flows(settings: Settings, tell: Tell) -> Found:
-    """A job, 10,000 that wait for it, and one that waits for them: sent, and run."""
+    """A job, 10,000 that wait for it, and one that waits for them: sent, and run.
+
+    The limit: as many rows of a bare table that know nothing of each other, sent by one statement and drained.
+    """
     part: Queue[int, int] = Queue("bench.drain", int, int)
     with ExitStack() as stack:
         connection = stack.enter_context(psycopg.connect(settings.dsn, autocommit=True))
@@ -107,4 +122,15 @@ def flows(settings: Settings, tell: Tell) -> Found:
         wait_finished(connection, UNFINISHED_BUT_HELD)
         seconds = time.perf_counter() - started
     clear(settings.dsn)
-    return {"sent_jobs_per_second": WIDE / send_seconds, "run_jobs_per_second": WIDE / seconds}
+    data = json.dumps([{"data": number} for number in range(WIDE)])
+    with psycopg.connect(settings.dsn, autocommit=True) as connection:
+        started = time.perf_counter()
+        connection.execute(BARE_FILL, (data,))
+        bare_send_seconds = time.perf_counter() - started
+    clear(settings.dsn)
+    return {
+        "sent_jobs_per_second": WIDE / send_seconds,
+        "run_jobs_per_second": WIDE / seconds,
+        "limit_sent_jobs_per_second": WIDE / bare_send_seconds,
+        "limit_run_jobs_per_second": bare_drain(settings, data),
+    }

@@ -12,7 +12,10 @@ import psycopg
 from ._parts import GAP, TURN, Found, Role, Settings, Tell, clear, wait_finished
 from ._sql import BARE_FILL, PICKUPS, SEND_ALL, UNFINISHED
 
-__all__ = ["drain", "enqueue", "latency"]
+__all__ = ["BARE_BATCH", "bare_drain", "drain", "enqueue", "latency"]
+
+BARE_BATCH = 100
+"""Rows that a bare worker takes at a time: as many as ours claims at least when jobs are quick."""
 
 
 def enqueue(settings: Settings, tell: Tell) -> Found:
@@ -52,8 +55,7 @@ def drain(settings: Settings, tell: Tell) -> Found:
         rate = settings.jobs / (time.perf_counter() - started)
     clear(settings.dsn)
     tell(0.5)
-    limit = _bare_drain(settings, data)
-    clear(settings.dsn)
+    limit = bare_drain(settings, data)
     return {
         "jobs_per_second": rate,
         "processes": settings.processes,
@@ -63,18 +65,21 @@ def drain(settings: Settings, tell: Tell) -> Found:
     }
 
 
-def _bare_drain(settings: Settings, data: str) -> float:
+def bare_drain(settings: Settings, data: str, rows: int = BARE_BATCH, *, processes: int = 0) -> float:
+    """Jobs/s of so many processes (0: as many as workers) that delete rows of a bare table, so many at a time."""
     with ExitStack() as stack:
         with psycopg.connect(settings.dsn, autocommit=True) as connection:
             connection.execute(BARE_FILL, (data,))
         workers = [
-            stack.enter_context(Role("bare-take", settings.dsn, settings.kept)) for _ in range(settings.processes)
+            stack.enter_context(Role("bare-take", settings.dsn, settings.kept, rows))
+            for _ in range(processes or settings.processes)
         ]
         started = time.perf_counter()
         for worker in workers:
             worker.go()
         taken = sum(worker.hear()["taken"] for worker in workers)
         rate: float = taken / (time.perf_counter() - started)
+    clear(settings.dsn)
     return rate
 
 
