@@ -1,7 +1,8 @@
 -- complete: active jobs move to the archive as completed.
 
 -- Completes a batch. outputs is a JSON array, one element a job (null: no outputs); attempts
--- null: whatever attempt is active (by hand). A job that is not active with this attempt and
+-- null: whatever attempt is active (by hand). as_of: see snooze(); a claim that a crash of the server
+-- made it forget is made again with the same attempt. A job that is not active with this attempt and
 -- this runtime is left alone. Returns the ids that were completed.
 --
 -- BETWEEN is the = of a join that can only look up row by row (README: Plans).
@@ -11,7 +12,8 @@ create or replace function notifyq.complete(
     jobs bigint[],
     outputs jsonb default null,
     attempts int[] default null,
-    runtime uuid default null
+    runtime uuid default null,
+    as_of timestamptz[] default null
 ) returns bigint[]
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -37,11 +39,12 @@ begin
     with gone as (
         delete from notifyq.active a
         using rows from (
-            unnest(complete.jobs), unnest(complete.attempts), jsonb_array_elements(complete.outputs)
-        ) as o (job, attempt, output)
+            unnest(complete.jobs), unnest(complete.attempts), jsonb_array_elements(complete.outputs), unnest(complete.as_of)
+        ) as o (job, attempt, output, as_of)
         where a.job between o.job and o.job
         and a.runtime is not distinct from complete.runtime
         and (complete.attempts is null or a.attempt = o.attempt)
+        and a.claimed_at <= coalesce(o.as_of, complete.as_of[1], 'infinity')
         returning a.job, a.queue, a.attempt, a.runtime, a.claimed_at, a.key, nullif(o.output, 'null') as output
     ), done as (
         delete from notifyq.job j

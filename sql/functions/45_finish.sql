@@ -21,7 +21,7 @@ as $$
     where a.job = any (array[o.job])
     and a.runtime is not distinct from leave_active.runtime
     and (leave_active.attempts is null or a.attempt = o.attempt)
-    and a.claimed_at <= coalesce(o.as_of, 'infinity')
+    and a.claimed_at <= coalesce(o.as_of, leave_active.as_of[1], 'infinity')
     returning a.*
 $$;
 

@@ -17,8 +17,8 @@ $$;
 
 -- Fails attempts of a batch: each is tried again later, or ends as failed (retries used up, or
 -- final). errors is a JSON array of {type, message, traceback}, one a job. retry_in overrides
--- the backoff where not null. attempts null: whatever attempt is active. One with a cancel request
--- ends as cancelled.
+-- the backoff where not null. attempts null: whatever attempt is active. as_of: see snooze(). One with a
+-- cancel request ends as cancelled.
 --
 -- Returns the jobs it affected and where they stand now: scheduled, ready, failed or cancelled. Ones
 -- that are not active with this attempt and runtime are left alone.
@@ -29,7 +29,8 @@ create or replace function notifyq.fail(
     attempts int[] default null,
     runtime uuid default null,
     final boolean[] default null,
-    retry_in interval[] default null
+    retry_in interval[] default null,
+    as_of timestamptz[] default null
 ) returns table (id bigint, state text)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -54,11 +55,13 @@ begin
     with gone as (
         delete from notifyq.active a
         using rows from (
-            unnest(fail.jobs), unnest(fail.attempts), jsonb_array_elements(fail.errors), unnest(fail.final), unnest(fail.retry_in)
-        ) as o (job, attempt, error, final, retry_in)
+            unnest(fail.jobs), unnest(fail.attempts), jsonb_array_elements(fail.errors), unnest(fail.final), unnest(fail.retry_in),
+            unnest(fail.as_of)
+        ) as o (job, attempt, error, final, retry_in, as_of)
         where a.job = any (array[o.job])
         and a.runtime is not distinct from fail.runtime
         and (fail.attempts is null or a.attempt = o.attempt)
+        and a.claimed_at <= coalesce(o.as_of, fail.as_of[1], 'infinity')
         returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at, a.claimed_at, a.runtime, o.error, o.final, o.retry_in
     ), noted as (
         insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message, traceback)
@@ -128,7 +131,7 @@ $$;
 -- with a cancel request ends as cancelled. Returns the ids affected. Locks: active tickets in the
 -- order given, then jobs.
 --
--- as_of: a moment at which the claim that is meant had been made, for each job. The next claim has the same attempt and
+-- as_of: a moment at which the claim that is meant had been made, for each job, or one for all. The next claim has the same attempt and
 -- may be the same runtime's: a call that is repeated, or comes through late, must not end that one. Null: whatever claim.
 create or replace function notifyq.snooze(
     jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
@@ -157,7 +160,7 @@ begin
         where a.job = any (array[o.job])
         and a.runtime is not distinct from snooze.runtime
         and (snooze.attempts is null or a.attempt = o.attempt)
-        and a.claimed_at <= coalesce(o.as_of, 'infinity')
+        and a.claimed_at <= coalesce(o.as_of, snooze.as_of[1], 'infinity')
         returning a as ticket, a.job, a.queue, a.attempt, a.key, a.cancel_requested_at is not null as cancelled, o.delay
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
@@ -227,8 +230,10 @@ end
 $$;
 
 -- Ends active jobs as cancelled: their worker discarded them, or confirms a cancel request.
--- Returns the ids affected. Locks: active tickets by id, then jobs.
-create or replace function notifyq.discard(jobs bigint[], attempts int[] default null, runtime uuid default null) returns bigint[]
+-- as_of: see snooze(). Returns the ids affected. Locks: active tickets by id, then jobs.
+create or replace function notifyq.discard(
+    jobs bigint[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
+) returns bigint[]
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
@@ -239,7 +244,7 @@ begin
         perform notifyq.lock_gates(discard.jobs);
     end if;
     select array_agg(a) into ended
-    from notifyq.leave_active(discard.jobs, discard.attempts, discard.runtime) a;
+    from notifyq.leave_active(discard.jobs, discard.attempts, discard.runtime, discard.as_of) a;
     perform notifyq.finish(ended, 'cancelled');
     return array(select e.job from unnest(ended) e);
 end

@@ -93,7 +93,7 @@ class Atomic:
                 return Released(job.id, job.attempt, job._as_of)
             except _InDoubt as doubt:
                 reason = f"the connection broke while the handler's transaction was committed: {doubt}"
-                return Failed(job.id, job.attempt, ConnectionLost.__name__, reason)
+                return Failed(job.id, job.attempt, ConnectionLost.__name__, reason, as_of=job._as_of)
         assert isinstance(outcome, Completed)
         if self._events.wants(JobCompleted):
             self._events.emit(JobCompleted(job.queue, job.id, job.attempt, outcome.seconds))
@@ -135,7 +135,13 @@ class Atomic:
         try:
             # From here on it holds what others wait for, of a queue with rules: not for as long as this process is stopped.
             done = await self._store.complete(
-                connection, [job.id], output, [job.attempt], self._runtime, commit_within=ANSWER_TIMEOUT
+                connection,
+                [job.id],
+                output,
+                [job.attempt],
+                self._runtime,
+                [job._as_of],
+                commit_within=ANSWER_TIMEOUT,
             )
         except psycopg.DatabaseError as error:
             if (error.sqlstate or "")[:2] in DATA_ERRORS:

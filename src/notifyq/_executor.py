@@ -23,7 +23,7 @@ from ._verdict import data_invalid, interrupted, judge, judge_batch, timed_out
 from .events import HandlerStuck
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container, Sequence
+    from collections.abc import Awaitable, Callable, Container, Sequence, Set
 
     from ._answers import Claimed
     from ._atomic import Atomic
@@ -86,7 +86,6 @@ class Executor:
         atomic: Atomic,
     ) -> None:
         """``settle`` takes an outcome and the queue's name. False: too many are not written; ``settled`` waits for that.
-
         ``atomic`` runs the handlers that complete their jobs in transactions of their own.
         """
         if queue.worker_function is None:
@@ -158,8 +157,7 @@ class Executor:
 
     def extend(self, job_id: int, seconds: float) -> None:
         """Move the deadline of a running call to so many seconds from now."""
-        run = self._runs.get(job_id)
-        if run is not None:
+        if (run := self._runs.get(job_id)) is not None:
             run.scope.deadline = run.deadline = trio.current_time() + seconds
             for job in run.jobs:
                 job.deadline = run.deadline
@@ -169,6 +167,11 @@ class Executor:
         for run in list(self._runs.values()):
             if lost is None or any((job.id, job.attempt) in lost for job in run.jobs):
                 self._stop(run, "lost")
+
+    def lose_older(self, job_ids: Set[int]) -> None:
+        """These were claimed here again: whatever runs of them has a claim that a server which crashed forgot."""
+        for job_id in job_ids & self._runs.keys():
+            self._stop(self._runs[job_id], "lost")
 
     def stop_all(self) -> None:
         """Cancel every handler; their jobs are tried again."""
@@ -254,7 +257,7 @@ class Executor:
             try:
                 job = job_of(claimed, self._queue, self._handle)
             except InvalidData as error:
-                self._settle(data_invalid(claimed.id, claimed.attempt, error), self._queue.name)
+                self._settle(data_invalid(claimed, error), self._queue.name)
             else:
                 run.jobs.append(job)
                 self._runs[job.id] = run
@@ -278,10 +281,7 @@ class Executor:
             self._watch.ring()
 
     async def _watch_deadlines(self) -> None:
-        """Give the calls that wait for something their deadlines.
-
-        Those that never wait end before this comes to run; ``_judge()`` compares their end with ``run.deadline``.
-        """
+        """Give the calls that wait their deadlines; those that never wait end before this runs, and ``_judge()`` looks."""
         while True:
             await self._watch.wait()
             self._watch.clear()

@@ -253,6 +253,8 @@ class Completed:
     attempt: int
     output: str
     seconds: float
+    as_of: float | None = None
+    """See ``Claimed``."""
 
 
 @attrs.define(eq=False)
@@ -266,6 +268,8 @@ class Failed:
     traceback: str | None = None
     final: bool = False
     retry_in: float | None = None
+    as_of: float | None = None
+    """See ``Claimed``."""
 
 
 @attrs.define(eq=False)
@@ -285,6 +289,8 @@ class Discarded:
 
     job_id: int
     attempt: int
+    as_of: float | None = None
+    """See ``Claimed``."""
 
 
 @attrs.define(eq=False)

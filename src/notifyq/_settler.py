@@ -127,10 +127,11 @@ class Settler:
         """One call for outcomes of one kind; returns where each job stands now, of those that were still ours."""
         ids = [outcome.job_id for outcome in outcomes]
         attempts = [outcome.attempt for outcome in outcomes]
+        as_of = [outcome.as_of for outcome in outcomes]
         first = outcomes[0]
         if isinstance(first, Completed):
             outputs = f"[{','.join(outcome.output for outcome in outcomes)}]"
-            done = await self._store.complete(connection, ids, outputs, attempts, self._runtime)
+            done = await self._store.complete(connection, ids, outputs, attempts, self._runtime, as_of)
         elif isinstance(first, Failed):
             errors = json.dumps([{"type": o.type, "message": o.message, "traceback": o.traceback} for o in outcomes])
             return await self._store.fail(
@@ -141,15 +142,14 @@ class Settler:
                 self._runtime,
                 [outcome.final for outcome in outcomes],
                 [outcome.retry_in for outcome in outcomes],
+                as_of,
             )
         elif isinstance(first, Snoozed):
             delays = [outcome.delay for outcome in outcomes]
-            as_of = [outcome.as_of for outcome in outcomes]
             done = await self._store.snooze(connection, ids, delays, attempts, self._runtime, as_of)
         elif isinstance(first, Discarded):
-            done = await self._store.discard(connection, ids, attempts, self._runtime)
+            done = await self._store.discard(connection, ids, attempts, self._runtime, as_of)
         else:
-            as_of = [outcome.as_of for outcome in outcomes]
             done = await self._store.release(connection, ids, attempts, self._runtime, as_of)
         return dict.fromkeys(done, "")
 
@@ -178,7 +178,7 @@ class Settler:
 def output_refused(outcome: Outcome, error: psycopg.DatabaseError) -> Failed:
     """The outcome instead of one that the database does not take."""
     text = str(error).split("\n")[0][:500].replace("\x00", "")
-    return Failed(outcome.job_id, outcome.attempt, "output_invalid", text, final=True)
+    return Failed(outcome.job_id, outcome.attempt, "output_invalid", text, final=True, as_of=outcome.as_of)
 
 
 _EVENTS: dict[type, Any] = {

@@ -11,13 +11,14 @@ import attrs
 from psycopg import sql
 
 from ._answers import QueueInfo
-from ._calls import Calls, intervals
+from ._calls import Calls
 from ._models import JobRecord
 from ._sql import many_entry, send_call, send_parameters, translated
 from ._store_claims import Claims
 from ._store_flows import Flows
 from ._store_schedules import Schedules
 from ._store_serving import Serving
+from ._store_settles import Settles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +31,6 @@ __all__ = ["Store"]
 
 _SEND: LiteralString = send_call("{s}.try_send", "${}")
 _SEND_PLAIN: LiteralString = "select * from {s}.try_send($1::text, $2::jsonb)"
-# A double holds seconds of the epoch to the microsecond, there and back.
-_MOMENTS: LiteralString = "array(select to_timestamp(moment) from unnest(%::float8[]) moment)"
 Operation = Literal["cancel", "retry", "resume", "delete"]
 _OPERATIONS: dict[Operation, LiteralString] = {
     "cancel": "select {s}.cancel($1::bigint[])",
@@ -47,7 +46,7 @@ _NEWEST_JOBS: LiteralString = (
 )
 
 
-class Store(Claims, Serving):
+class Store(Claims, Settles, Serving):
     """The SQL functions of one schema. Every method takes the connection to run on."""
 
     def __init__(self, schema: str) -> None:
@@ -97,104 +96,6 @@ class Store(Claims, Serving):
     ) -> list[tuple[int, bool]]:
         array = f"[{','.join(many_entry(data, options) for data, options in jobs)}]"
         return await self._calls.rows(connection, "select id, created from {s}.send_many($1, $2::jsonb)", queue, array)
-
-    # settle
-
-    async def complete(
-        self,
-        connection: TrioConnection,
-        jobs: Sequence[int],
-        outputs: str | None,
-        attempts: Sequence[int] | None,
-        runtime: UUID | None,
-        *,
-        commit_within: float | None = None,
-    ) -> list[int]:
-        """Complete jobs, given by id in order. ``outputs``: a JSON array. Returns those that were still ours.
-
-        ``commit_within``: seconds after which the server ends a transaction that it was done in and that stands idle.
-        """
-        statement: LiteralString = "select {s}.complete($1::bigint[], $2::jsonb, $3::int[], $4::uuid)"
-        arguments: list[Any] = [jobs, outputs, attempts, runtime]
-        if commit_within is not None:
-            statement += ", set_config('idle_in_transaction_session_timeout', $5, true)"
-            arguments.append(round(commit_within * 1000))
-        ids: list[int] = await self._calls.value(connection, statement, *arguments)
-        return ids
-
-    async def fail(
-        self,
-        connection: TrioConnection,
-        jobs: Sequence[int],
-        errors: str,
-        attempts: Sequence[int] | None,
-        runtime: UUID | None,
-        final: Sequence[bool],
-        retry_in: Sequence[float | None],
-    ) -> dict[int, str]:
-        """Fail attempts. ``errors``: a JSON array. Returns where each stands now, of those that were still ours."""
-        rows = await self._calls.rows(
-            connection,
-            "select id, state from {s}.fail($1::bigint[], $2::jsonb, $3::int[], $4::uuid, $5::boolean[], $6::interval[])",
-            jobs,
-            errors,
-            attempts,
-            runtime,
-            final,
-            intervals(retry_in),
-        )
-        return dict(rows)
-
-    async def snooze(
-        self,
-        connection: TrioConnection,
-        jobs: Sequence[int],
-        delays: Sequence[float],
-        attempts: Sequence[int] | None,
-        runtime: UUID | None,
-        as_of: Sequence[float | None] | None = None,
-    ) -> list[int]:
-        ids: list[int] = await self._calls.value(
-            connection,
-            "select {s}.snooze($1::bigint[], $2::interval[], $3::int[], $4::uuid, " + _MOMENTS.replace("%", "$5") + ")",
-            jobs,
-            intervals(delays),
-            attempts,
-            runtime,
-            as_of,
-        )
-        return ids
-
-    async def release(
-        self,
-        connection: TrioConnection,
-        jobs: Sequence[int],
-        attempts: Sequence[int],
-        runtime: UUID,
-        as_of: Sequence[float | None] | None = None,
-    ) -> list[int]:
-        statement: LiteralString = (
-            "select {s}.release($1::bigint[], $2::int[], $3::uuid, " + _MOMENTS.replace("%", "$4") + ")"
-        )
-        return list(await self._calls.value(connection, statement, jobs, attempts, runtime, as_of))
-
-    async def discard(
-        self, connection: TrioConnection, jobs: Sequence[int], attempts: Sequence[int], runtime: UUID
-    ) -> list[int]:
-        statement: LiteralString = "select {s}.discard($1::bigint[], $2::int[], $3::uuid)"
-        return list(await self._calls.value(connection, statement, jobs, attempts, runtime))
-
-    async def touch(
-        self, connection: TrioConnection, job: int, seconds: float, attempt: int | None, runtime: UUID | None
-    ) -> bool:
-        statement: LiteralString = "select {s}.touch($1, make_interval(secs => $2), $3, $4::uuid)"
-        return bool(await self._calls.value(connection, statement, job, seconds, attempt, runtime))
-
-    async def progress(
-        self, connection: TrioConnection, job: int, progress: str, attempt: int | None, runtime: UUID | None
-    ) -> bool:
-        statement: LiteralString = "select {s}.progress($1, $2::jsonb, $3, $4::uuid)"
-        return bool(await self._calls.value(connection, statement, job, progress, attempt, runtime))
 
     # operate
 

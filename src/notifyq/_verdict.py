@@ -15,6 +15,8 @@ from ._sql import seconds
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._answers import Claimed
+
 __all__ = ["data_invalid", "interrupted", "judge", "judge_batch", "timed_out"]
 
 MESSAGE_LIMIT = 2_000
@@ -29,14 +31,14 @@ def judge(
     if error is not None:
         return _failure(job, error)
     if result is None:
-        return Completed(job.id, job.attempt, "null", elapsed)
+        return Completed(job.id, job.attempt, "null", elapsed, job._as_of)
     try:
         output = encode(result, type_)
         if len(output) > limit or len(output.encode()) > limit:
             raise InvalidData(f"output is over the limit of {limit} bytes")
     except Exception as invalid:  # what it raises when it is looked at is the worker's, too
-        return Failed(job.id, job.attempt, "output_invalid", _short(invalid), final=True)
-    return Completed(job.id, job.attempt, output, elapsed)
+        return Failed(job.id, job.attempt, "output_invalid", _short(invalid), final=True, as_of=job._as_of)
+    return Completed(job.id, job.attempt, output, elapsed, job._as_of)
 
 
 def judge_batch(
@@ -61,7 +63,13 @@ def _matched(jobs: list[Job[Any]], result: Any, one: Callable[[Job[Any], Any], O
         return [
             one(job, result[job.id])
             if job.id in result
-            else Failed(job.id, job.attempt, "not_settled", "the batch worker returned no outcome for this job")
+            else Failed(
+                job.id,
+                job.attempt,
+                "not_settled",
+                "the batch worker returned no outcome for this job",
+                as_of=job._as_of,
+            )
             for job in jobs
         ]
     if isinstance(result, Sequence) and not isinstance(result, str) and len(result) == len(jobs):
@@ -79,26 +87,28 @@ def interrupted(job: Job[Any], reason: str | None) -> Outcome | None:
         case "lost":
             return None
         case "cancel":
-            return Discarded(job.id, job.attempt)
+            return Discarded(job.id, job.attempt, job._as_of)
         case "unstarted":
             return Released(job.id, job.attempt, job._as_of)
         case "shutdown":
             # The last attempt is handed back unspent: stopping a process must not make dead letters.
             if job.attempt > job.retry_limit:
                 return Released(job.id, job.attempt, job._as_of)
-            return Failed(job.id, job.attempt, "shutdown", "its runtime stopped before it ended", retry_in=0)
+            return Failed(
+                job.id, job.attempt, "shutdown", "its runtime stopped before it ended", retry_in=0, as_of=job._as_of
+            )
         case _:
             return timed_out(job)
 
 
 def timed_out(job: Job[Any]) -> Failed:
     """The attempt took longer than it may."""
-    return Failed(job.id, job.attempt, "timeout", f"not done within {job.timeout:g} s")
+    return Failed(job.id, job.attempt, "timeout", f"not done within {job.timeout:g} s", as_of=job._as_of)
 
 
-def data_invalid(job_id: int, attempt: int, error: InvalidData) -> Failed:
+def data_invalid(claimed: Claimed, error: InvalidData) -> Failed:
     """The data is not of the declared type: trying again can't help."""
-    return Failed(job_id, attempt, "data_invalid", _short(error), final=True)
+    return Failed(claimed.id, claimed.attempt, "data_invalid", _short(error), final=True, as_of=claimed.as_of)
 
 
 def _failure(job: Job[Any], error: BaseException) -> Outcome:
@@ -106,10 +116,10 @@ def _failure(job: Job[Any], error: BaseException) -> Outcome:
         if isinstance(error, Snooze):
             return Snoozed(job.id, job.attempt, max(0.0, seconds(error.delay, "Snooze")), job._as_of)
         if isinstance(error, Discard):
-            return Discarded(job.id, job.attempt)
+            return Discarded(job.id, job.attempt, job._as_of)
         if isinstance(error, Retry):
             delay = None if error.delay is None else max(0.0, seconds(error.delay, "Retry"))
-            return Failed(job.id, job.attempt, "Retry", _short(error.reason), retry_in=delay)
+            return Failed(job.id, job.attempt, "Retry", _short(error.reason), retry_in=delay, as_of=job._as_of)
     except InvalidOption as invalid:
         error = invalid
     raised = error
@@ -124,6 +134,7 @@ def _failure(job: Job[Any], error: BaseException) -> Outcome:
         _short(raised),
         _clean(text if len(text) <= TRACEBACK_LIMIT else "[…]\n" + text[-TRACEBACK_LIMIT:]),
         final=isinstance(raised, Fail),
+        as_of=job._as_of,
     )
 
 

@@ -162,7 +162,7 @@ class QueueWorker:
         self.executor.cancel(jobs)
 
     def _discard(self, claimed: Claimed) -> None:
-        self._settler.put(Discarded(claimed.id, claimed.attempt), self.queue.name)
+        self._settler.put(Discarded(claimed.id, claimed.attempt, claimed.as_of), self.queue.name)
 
     def known(self) -> set[tuple[int, int]]:
         """The attempts that run or wait here, as (job, attempt)."""
@@ -248,6 +248,8 @@ class QueueWorker:
     def _still_ours(self, haul: Haul, lease_number: int) -> Haul:
         """What a claim brought, less what was lost or cancelled while it was under way."""
         jobs = haul.jobs
+        if jobs:
+            self._lose_older({job.id for job in jobs})
         if self._key_limit is not None:
             self._learn_full_keys(jobs, self._key_limit)
         if lease_number == self._lease_number and not self._cancelled:
@@ -260,6 +262,11 @@ class QueueWorker:
             if job.id in self._cancelled:
                 self._discard(job)
         return Haul([job for job in jobs if job.id not in self._cancelled], haul.left, haul.due_floor)
+
+    def _lose_older(self, job_ids: set[int]) -> None:
+        """Drop or cancel what is here of jobs that were claimed again: a server that crashed forgot the older claim."""
+        self.claimer.drop(job_ids)
+        self.executor.lose_older(job_ids)
 
     async def _next_due(self, due_floor: float | None) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:

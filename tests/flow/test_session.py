@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -1035,6 +1036,108 @@ async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(sta
         await connection.execute("select notifyq.claim('q', 1, r.id) from notifyq.runtime r")
     with trio.fail_after(10):
         assert await nq.result(sent) == 1
+
+
+FORGET = (
+    "select notifyq.release(array(select a.job from notifyq.active a), null, a.runtime) from notifyq.active a limit 1"
+)
+"""Where a server has the jobs that crashed and has forgotten their claims: ready again, no attempt spent."""
+
+
+async def test_a_handler_whose_claim_the_server_has_forgotten_is_cancelled_when_its_job_is_claimed_again(
+    start, nq, connection
+):
+    queue = Queue("q", int, int)
+    runs: list[str] = []
+    running = trio.Event()
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        if runs:
+            await trio.testing.wait_all_tasks_blocked()
+            runs.append("again")
+            return 2
+        runs.append("first")
+        running.set()
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            runs.append("cancelled")
+            raise
+        return 1
+
+    seen = await start(queue)
+    job = await nq.send(queue, 1)
+    with trio.fail_after(10):
+        await running.wait()
+        await connection.execute(FORGET.encode())
+        assert await nq.result(job) == 2
+    assert runs == ["first", "cancelled", "again"]
+    record = await nq.get(job)
+    assert (record.state, record.attempt) == ("completed", 1)
+    assert len(seen.of(JobCompleted)) == 1
+
+
+async def test_an_outcome_of_a_claim_that_the_server_has_forgotten_does_not_end_the_next_one(
+    start, nq, connection, monkeypatch
+):
+    queue = Queue("q", int, int)
+    again = trio.Event()
+    ended = trio.Event()
+    runs = itertools.count(1)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        if (run := next(runs)) == 2:
+            again.set()
+            await ended.wait()
+        return run
+
+    complete = Store.complete
+
+    async def late(self: Store, *args: Any, **options: Any) -> Any:
+        if not again.is_set():
+            await connection.execute(FORGET.encode())
+            await again.wait()
+        return await complete(self, *args, **options)
+
+    monkeypatch.setattr(Store, "complete", late)
+    seen = await start(queue)
+    job = await nq.send(queue, 1)
+    [lost] = await seen.wait(LeaseLost)
+    assert lost == LeaseLost("q", job.id, 1)
+    assert (await nq.get(job)).state == "active"
+    ended.set()
+    with trio.fail_after(10):
+        assert await nq.result(job) == 2
+    assert len(seen.of(JobCompleted)) == 1
+
+
+async def test_jobs_that_wait_here_and_are_claimed_again_run_once(start, nq, connection):
+    queue = Queue("q", int, int)
+    ran: Counter[int] = Counter()
+    running = trio.Event()
+    gate = trio.Event()
+
+    @queue.worker(concurrency=1, poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        ran[job.data] += 1
+        if job.data == 300 and not running.is_set():
+            running.set()
+            await gate.wait()
+        await trio.sleep(0.002 if job.data > 300 else 0)
+        return job.data
+
+    await nq.create_queue(queue)
+    sent = await nq.send_many(queue, range(400))
+    seen = await start(queue)
+    await running.wait()
+    await seen.wait(JobClaimed, 302)
+    await connection.execute(FORGET.encode())
+    gate.set()
+    with trio.fail_after(20):
+        assert [await nq.result(job) for job in sent] == list(range(400))
+    assert ran[399] == 1
 
 
 async def test_a_job_of_a_batch_that_cannot_be_read_fails_at_once_while_the_others_run(start, nq, connection):

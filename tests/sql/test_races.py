@@ -39,14 +39,6 @@ async def until_waiting(watcher: TrioConnection, waiter: TrioConnection) -> None
 
 
 @pytest.fixture
-def ask(connection: TrioConnection):
-    async def ask(statement: str, *parameters: object) -> list:
-        return await rows(connection, statement, *parameters)
-
-    return ask
-
-
-@pytest.fixture
 def race(connection: TrioConnection, other: TrioConnection):
     async def race(first: str, second: str, *, commit: bool, waits: bool = True) -> tuple[list, list]:
         """Run the first in a transaction; once the second waits for it (or is through), end it. Give both answers."""
@@ -570,6 +562,32 @@ async def test_functions_are_replaced_under_a_transaction_that_has_sent_and_will
     assert await stands() == [("scheduled", 0), ("ready", 0)]
     triggers = "select tgrelid::regclass::text from pg_trigger where tgname = 'bell' order by 1"
     assert await ask(triggers) == [("notifyq.ready",), ("notifyq.scheduled",)]
+
+
+@pytest.mark.parametrize(
+    "settles",
+    [
+        "complete(%s::bigint[], null, %s::int[], %s, %s::timestamptz[])",
+        "fail(%s::bigint[], '[{}, {}]', %s::int[], %s, as_of => %s::timestamptz[])",
+        "discard(%s::bigint[], %s::int[], %s, %s::timestamptz[])",
+    ],
+)
+@pytest.mark.parametrize("moments", [1, 2], ids=["one moment for all", "one for each"])
+async def test_what_ends_a_claim_that_was_forgotten_does_not_end_the_next_one_of_the_same_attempt(
+    ask, settles, moments
+):
+    await ask("select notifyq.create_queue('q', '{\"retry_limit\": 0}')")
+    jobs = [job for (job,) in await ask("select id from notifyq.send_many('q', '[{}, {}]')")]
+    await ask(f"select notifyq.register('{RUNTIME}', '{{q}}')")
+    await ask(CLAIM_AS_RUNTIME)
+    [(as_of,)] = await ask("select clock_timestamp()")
+    await ask("select notifyq.release(%s, null, %s)", jobs, RUNTIME)  # where a server that forgot the claim has them
+    assert await ask(f"select id, attempt from notifyq.claim('q', 5, '{RUNTIME}')") == [(job, 1) for job in jobs]
+    await ask(f"select notifyq.{settles}", jobs, [1, 1], RUNTIME, [as_of] * moments)
+    assert await ask("select attempt from notifyq.active") == [(1,), (1,)]
+    [(as_of,)] = await ask("select clock_timestamp()")
+    await ask(f"select notifyq.{settles}", jobs, [1, 1], RUNTIME, [as_of] * moments)
+    assert await ask("select attempt from notifyq.active") == []
 
 
 @pytest.mark.parametrize("call", ["release(%s::bigint[], ", "snooze(%s::bigint[], '{0}', "])
