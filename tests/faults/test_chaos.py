@@ -22,7 +22,7 @@ from tests.faults.chaos.faults import Fault
 from tests.faults.chaos.ledger import Incident, Ledger, Pen, Run, Send
 from tests.faults.chaos.results import markdown
 from tests.faults.chaos.servers import Server, binary_version, make_template
-from tests.faults.chaos.verdict import Found, judge, recoveries
+from tests.faults.chaos.verdict import Found, Verdict, judge, recoveries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -231,16 +231,56 @@ def test_a_stopped_process_may_begin_with_what_it_had_claimed(ledger, attempt, g
 
 
 def test_recovery_is_counted_from_the_blow_to_the_next_start(ledger):
-    ledger.sent([(2, Send("bulk", 102.5))])
+    ledger.sent([(2, Send("bulk", 102.2)), (3, Send("bulk", 102.7))])
     ledger.runs += [
         Run(1, 1, "1", 100.0),
-        Run(9, 1, "2", 103.0, 103.1),
-        Run(2, 1, "2", 104.0, 104.1),
+        Run(9, 1, "1", 100.0, broke_off=101.0),
+        Run(9, 2, "2", 102.6, 102.7),  # neither cut off nor sent after the blow
+        Run(2, 1, "2", 103.0, 103.1),
+        Run(3, 1, "2", 104.0, 104.1),
         Run(1, 2, "2", 105.0, 105.1),
     ]
-    for waits_for in ("affected", "sent", "any", None):
-        ledger.note(Incident("blow", 102.0, 102.5, process="1", waits_for=waits_for))
-    assert recoveries(ledger) == [3.0, 2.0, 0.5]
+    for waits_for in ("affected", "sent", "next", None):
+        ledger.note(Incident("blow", 102.0, 102.5, process="1", waits_for=waits_for, job=1))
+    verdict = Verdict()
+    assert recoveries(verdict, ledger) == [3.0, 1.0, 1.5]
+    assert verdict.good
+
+
+@pytest.mark.parametrize("waits_for", ["affected", "sent", "next"])
+def test_what_is_not_got_over_is_a_complaint(ledger, waits_for):
+    ledger.sent([(2, Send("bulk", 99.0))])
+    ledger.runs += [Run(1, 1, "1", 100.0), Run(1, 2, "1", 104.0, 104.1), Run(2, 1, "2", 105.0, 105.1)]
+    ledger.note(Incident("blow", 102.0, 102.5, process="1", waits_for=waits_for, job=1))
+    verdict = Verdict()
+    assert recoveries(verdict, ledger) == []
+    assert [complaint for complaint in verdict.complaints if "blow" in complaint]
+
+
+@pytest.mark.parametrize("how", ["ended", "broke_off"])
+def test_a_handler_that_ends_before_its_process_is_hit_is_not_waited_for(ledger, how):
+    run = Run(1, 1, "1", 100.0)
+    setattr(run, how, 102.1)
+    ledger.runs.append(run)
+    ledger.note(Incident("kill", 102.0, 102.5, process="1", waits_for="affected", job=1))
+    verdict = Verdict()
+    assert recoveries(verdict, ledger) == []
+    assert verdict.good
+
+
+def test_only_a_handler_that_neither_did_its_work_nor_raised_was_cut_off(ledger):
+    pen = Pen(str(ledger.folder / "effects-1"))
+    with pen.run(1, 1):
+        pass
+    with contextlib.suppress(ValueError), pen.run(2, 1):
+        raise ValueError
+    pen.began(3, 1)
+    ledger.read()
+    assert [(run.ended is None, run.over is None) for run in ledger.runs] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
 
 
 def test_the_table_sums_up_and_says_what_was_not_tried():

@@ -17,7 +17,7 @@ import notifyq
 from .ledger import Incident, Ledger, Run, Send
 from .producers import Producers
 from .proxy import Proxy
-from .queues import ALL
+from .queues import ALL, BULK
 from .servers import Server
 from .verdict import Found, Verdict, judge, recoveries
 from .workers import HOW_MANY, Workers
@@ -73,14 +73,22 @@ class Scene:
 
     @contextlib.contextmanager
     def incident(
-        self, kind: str, process: str | None = None, waits_for: str | None = None, *, excuses: bool = True
+        self,
+        kind: str,
+        process: str | None = None,
+        waits_for: str | None = None,
+        *,
+        job: int | None = None,
+        excuses: bool = True,
     ) -> Iterator[None]:
         """The block is something that is done; it counts until the block has ended. See ``Incident``."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, excuses))
+            self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, job, excuses))
+            if waits_for in ("sent", "next"):
+                self.nursery.start_soon(self._send_one)
 
     async def query(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         """The rows of a query, past everything that is broken."""
@@ -100,6 +108,14 @@ class Scene:
             [(job,)] = await self.query(statement, queue, data, priority)
         self.ledger.sent([(job, Send(queue, called))])
         return int(job)
+
+    async def _send_one(self) -> None:
+        """Whoever else sends, and however long they take to reconnect: a job for what waits for one."""
+        while True:
+            with contextlib.suppress(psycopg.Error):
+                await self.send(BULK.name, 0, priority=9)
+                return
+            await trio.sleep(0.02)
 
     async def recovered(self, since: float) -> None:
         """Wait until a job has started that was sent after this moment."""
@@ -189,7 +205,7 @@ async def run_cell(
     return Outcome(
         fault.name,
         verdict,
-        recoveries(ledger),
+        recoveries(verdict, ledger),
         len(ledger.incidents),
         ledger.unknown,
         dict(ledger.refused),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .cell import Scene
+    from .ledger import Run
     from .workers import Worker
 
 __all__ = [
@@ -33,8 +34,8 @@ __all__ = [
 ]
 
 
-BLOCKED_MS = 500
-"""How long a handler holds up its process's event loop, so that it can be stopped there."""
+HANDLER_MS = 500
+"""How long a handler takes, so that its process can be killed or stopped there."""
 
 
 class Fault:
@@ -93,6 +94,14 @@ def somebody(scene: Scene) -> Worker:
     return scene.dice.choice(scene.workers.all)
 
 
+async def in_a_handler(scene: Scene, milliseconds: int, after: float = 0) -> tuple[Worker, Run] | None:
+    """A worker that began so many seconds ago with a job of that data; None if somebody else ends it."""
+    run = await scene.started(await scene.send(BULK.name, milliseconds, priority=9))
+    await trio.sleep(after)
+    worker = scene.workers.at_work(run.process)
+    return None if worker is None else (worker, run)
+
+
 class Nothing(Fault):
     """Nothing is broken: what is counted here is what the harness itself does not see rightly."""
 
@@ -100,15 +109,18 @@ class Nothing(Fault):
 
 
 class Kill(Fault):
-    """`kill -9` of a worker at a random moment; another is started in its place. Leases of 1.5 s."""
+    """`kill -9` of a worker in the midst of a handler, at a random moment; another is started in its place. Leases of
+    1.5 s."""
 
     name = "kill"
     lease = 1.5
     goal = 2.0
 
     async def inflict(self, scene: Scene) -> None:
-        worker = somebody(scene)
-        with scene.incident("kill", worker.name, waits_for="affected"):
+        if (found := await in_a_handler(scene, HANDLER_MS, scene.dice.uniform(0, HANDLER_MS / 2000))) is None:
+            return
+        worker, run = found
+        with scene.incident("kill", worker.name, waits_for="affected", job=run.job):
             await scene.workers.end(worker, signal.SIGKILL)
 
 
@@ -139,19 +151,17 @@ class Stop(Fault):
     goal = 2.5
 
     async def inflict(self, scene: Scene) -> None:
-        job = await scene.send(BULK.name, -BLOCKED_MS, priority=9)
-        run = await scene.started(job)
-        worker = next((worker for worker in scene.workers.all if worker.name == run.process), None)
-        if worker is None:  # somebody else has ended it
+        if (found := await in_a_handler(scene, -HANDLER_MS)) is None:
             return
-        with scene.incident("stop", worker.name, waits_for="affected"):
-            worker.process.send_signal(signal.SIGSTOP)
-            try:
+        worker, run = found
+        try:
+            with scene.incident("stop", worker.name, waits_for="affected", job=run.job):
+                worker.process.send_signal(signal.SIGSTOP)
                 scene.ledger.read()
-                scene.stopped_in_handlers += run.ended is None
+                scene.stopped_in_handlers += run.over is None
                 await trio.sleep(2 * self.lease)
-            finally:
-                worker.process.send_signal(signal.SIGCONT)
+        finally:
+            worker.process.send_signal(signal.SIGCONT)
 
     def expected(self, scene: Scene) -> Iterable[str]:
         if scene.stopped_in_handlers and not scene.ledger.events["LeaseLost"]:
@@ -192,7 +202,7 @@ class Restart(Fault):
     number = signal.SIGINT
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             await scene.server.stop(self.number)
             await trio.sleep(0.5)
             await scene.server.start()
@@ -213,7 +223,7 @@ class Crash(Fault):
     pause = 5.0
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             pids = await scene.query(
                 "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
             )

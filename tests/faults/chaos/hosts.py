@@ -89,7 +89,7 @@ class Failover(Fault):
             raise RuntimeError("the standby is not replicated to synchronously")
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             old = scene.server
             old.kill()
             for statement in (
@@ -146,7 +146,7 @@ class DiskFull(Fault):
 
     async def inflict(self, scene: Scene) -> None:
         ballast = scene.folder / "fault" / "ballast"
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             try:
                 until = trio.current_time() + 3
                 while trio.current_time() < until:
@@ -226,7 +226,7 @@ class SendersPooler(Fault):
                 await trio.sleep(0.02)
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             self._process.kill()
             self._process.wait()
             (self._settings.parent / "pid").unlink(missing_ok=True)

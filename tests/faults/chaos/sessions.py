@@ -146,7 +146,7 @@ class NotifyQueue(Fault):
     async def inflict(self, scene: Scene) -> None:
         listener, filler = await aside(session, scene.direct_dsn), await aside(session, scene.direct_dsn)
         with (
-            scene.incident(self.name, waits_for="any"),  # a handler's own transaction may not be committed
+            scene.incident(self.name, waits_for="next"),  # a handler's own transaction may not be committed
             contextlib.closing(listener),
             contextlib.closing(filler),
         ):
@@ -175,7 +175,7 @@ class NoConnections(Fault):
     settings = {"max_connections": "30"}  # noqa: RUF012
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             taken = [await aside(session, scene.direct_dsn)]
             try:
                 terminate = (

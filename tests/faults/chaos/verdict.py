@@ -171,40 +171,38 @@ def _check_dead_letters(verdict: Verdict, found: dict[int, Found]) -> None:
     )
 
 
-def recoveries(ledger: Ledger) -> list[float]:
-    """Seconds until a job started again, of each incident that waits for that and was met with one.
+def recoveries(verdict: Verdict, ledger: Ledger) -> list[float]:
+    """Seconds until a job started again, of each incident that waits for one. A complaint of each that none came after.
 
-    ``affected``: one that the process was running; from the incident's beginning. ``sent``: one that was sent after its
-    beginning; from there. ``any``: whichever; from the incident's end.
+    ``affected``: the one in the midst of which the worker was hit, at another worker; from the incident's beginning,
+    unless it had ended all the same. ``sent``: one that was sent after its beginning; from there. ``next``: one that was
+    sent after its end; from there.
     """
     runs = sorted(ledger.runs, key=lambda run: run.began)
     begins = [run.began for run in runs]
-    by_job: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_job[run.job].append(run)
     waits = []
     for incident in ledger.incidents:
-        since = incident.ended if incident.waits_for == "any" else incident.began
+        since = incident.ended if incident.waits_for == "next" else incident.began
         later = itertools.islice(runs, bisect_right(begins, since), None)
         match incident.waits_for:
-            case "any":
-                again = next((run.began for run in later), None)
-            case "sent":
+            case "sent" | "next":
                 sends = ledger.sends
                 again = next((run.began for run in later if run.job in sends and sends[run.job].called > since), None)
             case "affected":
-                cut_off = {
-                    run.job
-                    for run in runs
-                    if run.process == incident.process
-                    and run.began < since
-                    and (run.ended is None or run.ended > since)
-                }
-                again = next(
-                    (run.began for run in later if run.job in cut_off and run.process != incident.process), None
-                )
+                if not _was_cut_off(runs, incident):
+                    continue
+                others = (run for run in later if run.process != incident.process)
+                again = next((run.began for run in others if run.job == incident.job), None)
             case _:
                 continue
-        if again is not None:
+        if again is None:
+            verdict.complain(f"no job started after {incident.kind} that says that it was got over")
+        else:
             waits.append(again - since)
     return waits
+
+
+def _was_cut_off(runs: list[Run], incident: Incident) -> bool:
+    """Whether the run in the midst of which the worker was hit had not ended by itself until the incident was over."""
+    hit = (run for run in runs if run.job == incident.job and run.process == incident.process)
+    return all(run.over is None or run.over > incident.ended for run in hit if run.began < incident.began)

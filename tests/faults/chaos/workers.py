@@ -62,6 +62,10 @@ class Workers:
         )
         return Worker(name, process)
 
+    def at_work(self, name: str) -> Worker | None:
+        """The one of this name, unless somebody ends it."""
+        return next((one for one in self.all if one.name == name and one not in self._ending), None)
+
     async def end(self, worker: Worker, number: signal.Signals) -> None:
         """Send a signal that ends it, wait until it has, and start another in its place; nothing if it is ending already."""
         if worker in self._ending:
