@@ -205,7 +205,7 @@ async def run_cell(
     return Outcome(
         fault.name,
         verdict,
-        recoveries(verdict, ledger),
+        recoveries(verdict, ledger, fault.goal),
         len(ledger.incidents),
         ledger.unknown,
         dict(ledger.refused),

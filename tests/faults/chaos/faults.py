@@ -56,7 +56,7 @@ class Fault:
     share = 1.0
     """Of the load's time; most have one."""
     goal: float | None = None
-    """Seconds in which it has to be got over."""
+    """Seconds in which it has to be got over; it is not good otherwise."""
     drain = 90.0
     """Seconds in which everything has to have ended after the load: retries, leases and reconnects included."""
     patience = 20.0

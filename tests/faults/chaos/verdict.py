@@ -171,8 +171,10 @@ def _check_dead_letters(verdict: Verdict, found: dict[int, Found]) -> None:
     )
 
 
-def recoveries(verdict: Verdict, ledger: Ledger) -> list[float]:
-    """Seconds until a job started again, of each incident that waits for one. A complaint of each that none came after.
+def recoveries(verdict: Verdict, ledger: Ledger, goal: float | None = None) -> list[float]:
+    """Seconds until a job started again, of each incident that waits for one.
+
+    A complaint of each that none came after, and if the longest is longer than the goal, or there is none.
 
     ``affected``: the one in the midst of which the worker was hit, at another worker; from the incident's beginning,
     unless it had ended all the same. ``sent``: one that was sent after its beginning; from there. ``next``: one that was
@@ -199,6 +201,10 @@ def recoveries(verdict: Verdict, ledger: Ledger) -> list[float]:
             verdict.complain(f"no job started after {incident.kind} that says that it was got over")
         else:
             waits.append(again - since)
+    if goal is not None and not waits:
+        verdict.complain(f"no recovery was timed, and the goal is {goal:g} s")
+    elif goal is not None and max(waits) > goal:
+        verdict.complain(f"a recovery took {max(waits):.2f} s, longer than its goal, {goal:g} s")
     return waits
 
 
