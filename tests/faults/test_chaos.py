@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.faults.chaos.faults import Fault
 from tests.faults.chaos.ledger import Incident, Ledger, Pen, Run, Send
 from tests.faults.chaos.results import markdown
 from tests.faults.chaos.servers import Server, binary_version, make_template
+from tests.faults.chaos.sessions import lock_purposes
 from tests.faults.chaos.verdict import Found, Verdict, judge, recoveries
 
 if TYPE_CHECKING:
@@ -127,6 +129,14 @@ async def test_a_transaction_that_has_sent_can_be_prepared_where_the_bell_never_
             assert connection.execute(jobs).fetchall() == [("silent", "ready")]
     finally:
         server.kill()
+
+
+def test_an_alien_holds_every_class_of_locks_that_we_take():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "sql").rglob("*.sql")]
+    calls = [call for text in texts for call in re.findall(r"notifyq\.lock_class\s*\(([^)]*)\)", text)]
+    calls.remove("purpose text")  # its definition
+    assert {call.strip().strip("'") for call in calls} == set(lock_purposes())
+    assert {"far", "free", "interest", "pending", "promote", "settling"} <= set(lock_purposes())
 
 
 class Tampering(Fault):

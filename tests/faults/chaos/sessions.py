@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import random
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     from .cell import Scene
     from .proxy import Link
 
-__all__ = ["AlienLocks", "Clock", "HalfOpen", "LongTransaction", "Network", "NoConnections", "NotifyQueue"]
+__all__ = [
+    "AlienLocks",
+    "Clock",
+    "HalfOpen",
+    "LongTransaction",
+    "Network",
+    "NoConnections",
+    "NotifyQueue",
+    "lock_purposes",
+]
 
 
 KEEPALIVE = 14.0
@@ -96,22 +106,32 @@ class Network(Fault):
         self.proxy.delay = None
 
 
+def lock_purposes() -> list[str]:
+    """All classes of advisory locks that the SQL functions take."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "sql").rglob("*.sql"))]
+    return sorted({purpose for text in texts for purpose in re.findall(r"lock_class\('(\w+)'\)", text)})
+
+
 class AlienLocks(Fault):
-    """Somebody else's session holds the advisory locks by which the bell knows who is free, or who is sending, for three
-    seconds."""
+    """Somebody else's session holds advisory locks of three of the classes that we use, all of them in turn (by those of
+    the bell it is known who is free, or far, or sending), for three seconds."""
 
     name = "alien-locks"
 
+    def __init__(self) -> None:
+        self._next: list[str] = []
+
     async def inflict(self, scene: Scene) -> None:
-        purpose = scene.dice.choice(["free", "pending", "promote", "interest", "settling"])
+        held = []
+        for _ in range(3):
+            if not self._next:
+                self._next = scene.dice.sample(purposes := lock_purposes(), len(purposes))
+            held.append(self._next.pop())
         form = scene.dice.choice(["pg_try_advisory_lock", "pg_try_advisory_lock_shared"])
+        take = f"select {form}(notifyq.lock_class(p), n) from unnest(%s::text[]) p, generate_series(0, 63) n"
         alien = await aside(session, scene.direct_dsn)
-        with contextlib.closing(alien), scene.incident(f"alien {purpose}", waits_for="sent", excuses=False):
-            await aside(
-                alien.execute,
-                f"select {form}(notifyq.lock_class(%s), n) from generate_series(0, 63) n".encode(),
-                [purpose],
-            )
+        with contextlib.closing(alien), scene.incident(self.name, waits_for="sent", excuses=False):
+            await aside(alien.execute, take.encode(), [held])
             await trio.sleep(3)
 
 
