@@ -6,6 +6,7 @@ import contextlib
 import random
 import re
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -86,9 +87,22 @@ class Scene:
         try:
             yield
         finally:
-            self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, job, excuses))
-            if waits_for in ("sent", "next"):
-                self.nursery.start_soon(self._send_one)
+            self.note(kind, began, process, waits_for, job=job, excuses=excuses)
+
+    def note(
+        self,
+        kind: str,
+        began: float,
+        process: str | None = None,
+        waits_for: str | None = None,
+        *,
+        job: int | None = None,
+        excuses: bool = True,
+    ) -> None:
+        """Something was done, since that moment. See ``Incident``."""
+        self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, job, excuses))
+        if waits_for in ("sent", "next"):
+            self.nursery.start_soon(self._send_one)
 
     async def query(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         """The rows of a query, past everything that is broken."""
@@ -166,7 +180,8 @@ class Outcome:
     fault: str
     verdict: Verdict
     waits: list[float]
-    incidents: int
+    incidents: Counter[str]
+    """How often what was done."""
     unknown: int
     refused: dict[str, int]
     events: dict[str, int]
@@ -206,7 +221,7 @@ async def run_cell(
         fault.name,
         verdict,
         recoveries(verdict, ledger, fault.goal),
-        len(ledger.incidents),
+        Counter(incident.kind for incident in ledger.incidents),
         ledger.unknown,
         dict(ledger.refused),
         dict(ledger.events),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -172,25 +173,53 @@ class Stop(Fault):
 
 VICTIMS = {
     "listener": "application_name = 'notifyq listener'",
-    "claimer": "query like '%%.claim(%%'",
-    "settler": "query like '%%.complete(%%'",
+    "claimer": "query like '%.claim(%' and state = 'active'",
+    "settler": "query like '%.complete(%' and state = 'active'",
     "all": "backend_type = 'client backend'",
 }
+"""A session that is idle says what it did last, and that is no claim which is cut off."""
+
+CATCH_SECONDS = 2.0
+"""How long a statement is waited for that takes a millisecond: under load there are dozens in a second."""
 
 
 class Backends(Fault):
-    """`pg_terminate_backend` of listeners, of what claims, of what settles, or of all connections."""
+    """`pg_terminate_backend`, in turn, of listeners, of what is claiming, of what is completing, and of all connections."""
 
     name = "terminate-backend"
-    pause = 1.0
+    pause = 0.8
+
+    def __init__(self) -> None:
+        self._next: list[str] = []
+        self._missed: list[str] = []
 
     async def inflict(self, scene: Scene) -> None:
-        victims = scene.dice.choice(list(VICTIMS))
-        with scene.incident(f"terminated {victims}", waits_for="sent"), contextlib.suppress(psycopg.Error):
-            await scene.query(
-                "select pg_terminate_backend(pid) from pg_stat_activity"
-                f" where pid <> pg_backend_pid() and {VICTIMS[victims].replace('%%', '%')}"
-            )
+        if not self._next:
+            self._next = scene.dice.sample(sorted(VICTIMS), len(VICTIMS))
+        victims = self._next.pop()
+        kill = (
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            f" where datname = current_database() and pid <> pg_backend_pid() and {VICTIMS[victims]}"
+        )
+
+        def catch() -> tuple[float, int]:
+            until = time.monotonic() + CATCH_SECONDS
+            with psycopg.connect(scene.direct_dsn, autocommit=True, connect_timeout=5) as connection:
+                while True:
+                    began = time.monotonic()
+                    if (caught := len(connection.execute(kill.encode()).fetchall())) or began > until:
+                        return began, caught
+
+        began, caught = await trio.to_thread.run_sync(catch)
+        if caught:
+            scene.note(f"terminated {victims}", began, waits_for="sent")
+        else:
+            self._missed.append(victims)
+
+    def expected(self, scene: Scene) -> Iterable[str]:
+        hit = {incident.kind.removeprefix("terminated ") for incident in scene.ledger.incidents}
+        for victims in sorted({*self._missed} - hit):
+            yield f"no {victims} was terminated, in {self._missed.count(victims)} tries"
 
 
 class Restart(Fault):
