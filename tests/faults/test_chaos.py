@@ -16,7 +16,7 @@ import trio
 
 import notifyq
 from notifyq import events
-from tests.faults.chaos.__main__ import ROOT, pages
+from tests.faults.chaos.__main__ import ROOT, lengths, pages
 from tests.faults.chaos.catalogue import FAULTS
 from tests.faults.chaos.cell import Outcome, Scene, run_cell
 from tests.faults.chaos.faults import Fault
@@ -177,6 +177,15 @@ async def test_what_must_not_be_is_noticed(folder, template):
     assert "1 connections are left" in told
     assert "files are left: forgotten" in told
     assert not verdict.good
+
+
+def test_in_ten_minutes_a_transaction_is_left_open_for_three():
+    seconds = dict(zip((fault.name for fault in FAULTS), lengths(FAULTS, 600), strict=True))
+    assert seconds["open-transaction"] >= 180
+    assert sum(seconds.values()) == pytest.approx(600)
+    assert len({*seconds.values()}) == 2
+    assert len({*lengths(FAULTS, 60)}) == 1
+    assert lengths([fault for fault in FAULTS if fault.least], 60) == [60]
 
 
 @pytest.fixture

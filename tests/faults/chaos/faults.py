@@ -54,8 +54,8 @@ class Fault:
     """Seconds between two blows, on average."""
     settings: Mapping[str, str] = {}
     """Of the server."""
-    share = 1.0
-    """Of the load's time; most have one."""
+    least = 0.0
+    """Seconds of load that it needs to mean something; it gets them if half of the time is left to the others."""
     goal: float | None = None
     """Seconds in which it has to be got over; it is not good otherwise."""
     drain = 90.0
