@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from tempfile import mkdtemp
@@ -162,6 +164,10 @@ class Tampering(Fault):
         await scene.query("delete from notifyq.scheduled where job = %s", self.stuck)
         self.connection = await trio.to_thread.run_sync(psycopg.connect, scene.direct_dsn)
         (scene.folder / "forgotten").touch()
+        (scene.server.data / "base" / "pgsql_tmp").mkdir(exist_ok=True)
+        (scene.server.data / "base" / "pgsql_tmp" / "pgsql_tmp1.0").touch()
+        environment = {"PATH": os.environ["PATH"], "TMPDIR": str(scene.folder)}
+        self.process = subprocess.Popen(["sleep", "600"], env=environment)  # noqa: ASYNC220 - as for a worker
 
     def leave(self, folder: Path) -> None:
         self.connection.close()
@@ -169,13 +175,19 @@ class Tampering(Fault):
 
 async def test_what_must_not_be_is_noticed(folder, template):
     fault = Tampering()
-    verdict = (await run(fault, folder, template)).verdict
+    try:
+        verdict = (await run(fault, folder, template)).verdict
+    finally:
+        fault.process.kill()
+        fault.process.wait()
     assert sorted(verdict.lost) == sorted([fault.deleted, fault.unrun, 10**12])
     assert verdict.unexplained == [fault.twice]
     assert fault.stuck in verdict.stuck
     told = "\n".join(verdict.complaints)
     assert "1 connections are left" in told
     assert "files are left: forgotten" in told
+    assert "temporary files of the server are left: pgsql_tmp1.0" in told
+    assert "1 processes are left: sleep 600" in told
     assert not verdict.good
 
 

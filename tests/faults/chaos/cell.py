@@ -21,7 +21,7 @@ from .proxy import Proxy
 from .queues import ALL, BULK
 from .servers import Server
 from .verdict import Found, Verdict, judge, recoveries
-from .workers import HOW_MANY, Workers
+from .workers import HOW_MANY, Workers, processes_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Scene", "run_cell"]
 
 READ_EVERY = 0.05
+END_SECONDS = 5.0
+"""Seconds in which a process that was killed, or whose server was, has to be gone."""
 SPAN = "create table span (job bigint primary key, key text, began_at timestamptz, ended_at timestamptz)"
 OVERLAPS = (
     "select a.job from span a join span b on b.key = a.key and b.job <> a.job"
@@ -173,6 +175,22 @@ class Scene:
         return proxy
 
 
+async def _temporary_files_left(server: Server, patience: float) -> list[str]:
+    """What the server's statements spilled to its disk and is there still."""
+    with trio.move_on_after(patience):
+        while files := [path.name for path in (server.data / "base" / "pgsql_tmp").glob("*")]:
+            await trio.sleep(0.05)
+    return files
+
+
+async def _processes_left(folder: Path) -> list[str]:
+    """Command lines of what still runs in a cell's folder, a moment after everything in it was ended."""
+    with trio.move_on_after(END_SECONDS):
+        while lines := processes_in(folder):
+            await trio.sleep(0.05)
+    return lines
+
+
 @attrs.frozen
 class Outcome:
     """One run of one fault."""
@@ -217,6 +235,8 @@ async def run_cell(
             one.kill()
         ledger.close()
         fault.leave(folder)
+    if left := await _processes_left(folder):
+        verdict.complain(f"{len(left)} processes are left: {', '.join(left[:3])}")
     return Outcome(
         fault.name,
         verdict,
@@ -300,6 +320,8 @@ async def _look_what_is_left(scene: Scene, verdict: Verdict, patience: float) ->
     for what, query in LEFT.items():
         if count := await scene.until(query, 0, patience):
             verdict.complain(f"{count} {what} are left")
+    if temporary := await _temporary_files_left(scene.server, patience):
+        verdict.complain(f"temporary files of the server are left: {', '.join(temporary[:3])}")
     known = re.compile(r"sends|log|data(\.log)?|effects-\d+|fault")
     if files := [path.name for path in scene.folder.iterdir() if not known.fullmatch(path.name)]:
         verdict.complain(f"files are left: {', '.join(sorted(files)[:10])}")
