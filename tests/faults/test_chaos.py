@@ -215,11 +215,16 @@ COMPLETED = {1: Found("bulk", "completed", 2, 100, None)}
     ("incident", "explained"),
     [
         (None, False),
-        (Incident("kill", 105.0, 105.0, process="1"), True),
-        (Incident("kill", 105.0, 105.0, process="3"), False),
-        (Incident("crash", 105.0, 105.5), True),
-        (Incident("crash", 60.0, 61.0), False),  # before it was claimed
-        (Incident("crash", 140.0, 140.1), False),  # when its completion was stored long since
+        (Incident("kill", 102.0, 102.0, process="1"), True),
+        (Incident("kill", 102.0, 102.0, process="3"), False),
+        (Incident("terminated all", 102.0, 102.0), True),
+        (Incident("terminated all", 97.0, 97.5), False),  # before it was claimed
+        (Incident("crash", 102.0, 103.5), True),
+        (Incident("crash", 97.0, 97.5), True),  # its claim may have been forgotten
+        *((Incident(kind, 89.0, 90.0, process="1"), False) for kind in ("kill", "stop")),
+        *((Incident(kind, 111.0, 112.0, process="1"), False) for kind in ("kill", "stop")),
+        *((Incident(kind, 89.0, 90.0), False) for kind in ("crash", "network cut", "terminated all")),
+        *((Incident(kind, 111.0, 112.0), False) for kind in ("crash", "network cut", "terminated all")),
     ],
 )
 def test_a_second_run_is_explained_by_what_was_done_to_the_first(ledger, incident, explained):

@@ -271,7 +271,7 @@ async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Ver
         runtimes = await scene.until("select count(*) from notifyq.runtime", HOW_MANY, fault.patience)
         await scene.workers.stop()
     scene.ledger.read()
-    verdict = judge(scene.ledger, await _found(scene))
+    verdict = judge(scene.ledger, await _found(scene), fault.lease)
     if registered != HOW_MANY:
         verdict.complain(f"{registered} workers registered at the start, not {HOW_MANY}")
     if waiting:
