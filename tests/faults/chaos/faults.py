@@ -252,11 +252,12 @@ class Crash(Fault):
     pause = 5.0
 
     async def inflict(self, scene: Scene) -> None:
+        pids = await scene.query(
+            "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
+        if not pids:
+            return
         with scene.incident(self.name, waits_for="next"):
-            pids = await scene.query(
-                "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
-            )
-            if pids:
-                os.kill(scene.dice.choice(sorted(pids))[0], signal.SIGKILL)
+            os.kill(scene.dice.choice(sorted(pids))[0], signal.SIGKILL)
             await trio.sleep(0.5)
             await scene.server.accepting()

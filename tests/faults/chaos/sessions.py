@@ -184,7 +184,7 @@ class NotifyQueue(Fault):
             while trio.current_time() < until:
                 try:
                     await aside(filler.execute, "select pg_notify('alien', repeat('x', 7900))")
-                except psycopg.OperationalError:
+                except psycopg.errors.ProgramLimitExceeded:
                     self.filled = True
                     await trio.sleep(0.1)
 
