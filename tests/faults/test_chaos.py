@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ import trio
 
 import notifyq
 from notifyq import events
+from notifyq._opening import open_connection
 from tests.faults.chaos.__main__ import ROOT, lengths, pages
 from tests.faults.chaos.catalogue import FAULTS
 from tests.faults.chaos.cell import Outcome, Scene, run_cell
@@ -108,6 +110,23 @@ async def test_a_full_notify_queue_costs_no_job_and_is_got_over(folder, template
                 runtime.stop()
     finally:
         server.kill()
+
+
+async def test_both_ends_of_a_connection_are_to_notice_that_the_other_one_is_silent(folder, template):
+    server = Server.copied(template, folder / "silent")
+    try:
+        await server.start()
+        async with await open_connection(server.dsn) as connection:
+            asked = await connection.execute("select name, setting from pg_settings where name like 'tcp_keepalives_%'")
+            theirs = dict(await asked.fetchall())
+            with socket.socket(fileno=os.dup(connection.fileno())) as own:
+                assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+                ours = [own.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+    finally:
+        server.kill()
+    assert theirs == {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "3", "tcp_keepalives_count": "3"}
+    assert ours == [5, 2, 3, 10_000]
 
 
 async def test_a_transaction_that_has_sent_can_be_prepared_where_the_bell_never_rings(folder, template):

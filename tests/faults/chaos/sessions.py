@@ -50,8 +50,8 @@ def session(dsn: str) -> psycopg.Connection[Any]:
 
 
 class HalfOpen(Fault):
-    """All connections of the workers stay open and carry nothing any more; new ones do. The server notices after 14 s, by
-    its keepalives. Leases of 12 s."""
+    """All connections of the workers stay open and carry nothing any more; new ones do. After 14 s the proxy in between
+    closes them to the server, as its keepalives would. Leases of 12 s."""
 
     name = "half-open"
     lease = 12.0
