@@ -117,7 +117,7 @@ async def test_both_ends_of_a_connection_are_to_notice_that_the_other_one_is_sil
     try:
         await server.start()
         async with await open_connection(server.dsn) as connection:
-            asked = await connection.execute("select name, setting from pg_settings where name like 'tcp_keepalives_%'")
+            asked = await connection.execute("select name, setting from pg_settings where name like 'tcp_%'")
             theirs = dict(await asked.fetchall())
             with socket.socket(fileno=os.dup(connection.fileno())) as own:
                 assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -125,7 +125,12 @@ async def test_both_ends_of_a_connection_are_to_notice_that_the_other_one_is_sil
                 ours = [own.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
     finally:
         server.kill()
-    assert theirs == {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "3", "tcp_keepalives_count": "3"}
+    assert theirs == {
+        "tcp_keepalives_idle": "5",
+        "tcp_keepalives_interval": "3",
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "10000",
+    }
     assert ours == [5, 2, 3, 10_000]
 
 
