@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import faults, hosts, mixed, sessions
+from . import apart, faults, hosts, mixed, sessions
 
 if TYPE_CHECKING:
     from .faults import Fault
@@ -32,6 +32,7 @@ FAULTS: list[Fault] = [
     hosts.DiskFull(),
     hosts.SendersPooler(),
     hosts.Pooler(),
-    hosts.LossyNetwork(),
+    apart.LossyNetwork(),
+    apart.HalfOpenHost(),
     mixed.Mixed(),
 ]

@@ -6,6 +6,7 @@ import contextlib
 import random
 import re
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,10 +18,10 @@ import notifyq
 from .ledger import Incident, Ledger, Run, Send
 from .producers import Producers
 from .proxy import Proxy
-from .queues import ALL
+from .queues import ALL, BULK
 from .servers import Server
 from .verdict import Found, Verdict, judge, recoveries
-from .workers import HOW_MANY, Workers
+from .workers import HOW_MANY, Workers, processes_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Scene", "run_cell"]
 
 READ_EVERY = 0.05
+END_SECONDS = 5.0
+"""Seconds in which a process that was killed, or whose server was, has to be gone."""
 SPAN = "create table span (job bigint primary key, key text, began_at timestamptz, ended_at timestamptz)"
 OVERLAPS = (
     "select a.job from span a join span b on b.key = a.key and b.job <> a.job"
@@ -73,14 +76,35 @@ class Scene:
 
     @contextlib.contextmanager
     def incident(
-        self, kind: str, process: str | None = None, waits_for: str | None = None, *, excuses: bool = True
+        self,
+        kind: str,
+        process: str | None = None,
+        waits_for: str | None = None,
+        *,
+        job: int | None = None,
+        excuses: bool = True,
     ) -> Iterator[None]:
         """The block is something that is done; it counts until the block has ended. See ``Incident``."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, excuses))
+            self.note(kind, began, process, waits_for, job=job, excuses=excuses)
+
+    def note(
+        self,
+        kind: str,
+        began: float,
+        process: str | None = None,
+        waits_for: str | None = None,
+        *,
+        job: int | None = None,
+        excuses: bool = True,
+    ) -> None:
+        """Something was done, since that moment. See ``Incident``."""
+        self.ledger.note(Incident(kind, began, time.monotonic(), process, waits_for, job, excuses))
+        if waits_for in ("sent", "next"):
+            self.nursery.start_soon(self._send_one)
 
     async def query(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         """The rows of a query, past everything that is broken."""
@@ -100,6 +124,14 @@ class Scene:
             [(job,)] = await self.query(statement, queue, data, priority)
         self.ledger.sent([(job, Send(queue, called))])
         return int(job)
+
+    async def _send_one(self) -> None:
+        """Whoever else sends, and however long they take to reconnect: a job for what waits for one."""
+        while True:
+            with contextlib.suppress(psycopg.Error):
+                await self.send(BULK.name, 0, priority=9)
+                return
+            await trio.sleep(0.02)
 
     async def recovered(self, since: float) -> None:
         """Wait until a job has started that was sent after this moment."""
@@ -143,6 +175,22 @@ class Scene:
         return proxy
 
 
+async def _temporary_files_left(server: Server, patience: float) -> list[str]:
+    """What the server's statements spilled to its disk and is there still."""
+    with trio.move_on_after(patience):
+        while files := [path.name for path in (server.data / "base" / "pgsql_tmp").glob("*")]:
+            await trio.sleep(0.05)
+    return files
+
+
+async def _processes_left(folder: Path) -> list[str]:
+    """Command lines of what still runs in a cell's folder, a moment after everything in it was ended."""
+    with trio.move_on_after(END_SECONDS):
+        while lines := processes_in(folder):
+            await trio.sleep(0.05)
+    return lines
+
+
 @attrs.frozen
 class Outcome:
     """One run of one fault."""
@@ -150,7 +198,8 @@ class Outcome:
     fault: str
     verdict: Verdict
     waits: list[float]
-    incidents: int
+    incidents: Counter[str]
+    """How often what was done."""
     unknown: int
     refused: dict[str, int]
     events: dict[str, int]
@@ -186,11 +235,13 @@ async def run_cell(
             one.kill()
         ledger.close()
         fault.leave(folder)
+    if left := await _processes_left(folder):
+        verdict.complain(f"{len(left)} processes are left: {', '.join(left[:3])}")
     return Outcome(
         fault.name,
         verdict,
-        recoveries(ledger),
-        len(ledger.incidents),
+        recoveries(verdict, ledger, fault.goal),
+        Counter(incident.kind for incident in ledger.incidents),
         ledger.unknown,
         dict(ledger.refused),
         dict(ledger.events),
@@ -220,7 +271,7 @@ async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Ver
         runtimes = await scene.until("select count(*) from notifyq.runtime", HOW_MANY, fault.patience)
         await scene.workers.stop()
     scene.ledger.read()
-    verdict = judge(scene.ledger, await _found(scene))
+    verdict = judge(scene.ledger, await _found(scene), fault.lease)
     if registered != HOW_MANY:
         verdict.complain(f"{registered} workers registered at the start, not {HOW_MANY}")
     if waiting:
@@ -269,6 +320,8 @@ async def _look_what_is_left(scene: Scene, verdict: Verdict, patience: float) ->
     for what, query in LEFT.items():
         if count := await scene.until(query, 0, patience):
             verdict.complain(f"{count} {what} are left")
+    if temporary := await _temporary_files_left(scene.server, patience):
+        verdict.complain(f"temporary files of the server are left: {', '.join(temporary[:3])}")
     known = re.compile(r"sends|log|data(\.log)?|effects-\d+|fault")
     if files := [path.name for path in scene.folder.iterdir() if not known.fullmatch(path.name)]:
         verdict.complain(f"files are left: {', '.join(sorted(files)[:10])}")

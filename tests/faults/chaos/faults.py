@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .cell import Scene
+    from .ledger import Run
     from .workers import Worker
 
 __all__ = [
@@ -33,8 +35,8 @@ __all__ = [
 ]
 
 
-BLOCKED_MS = 500
-"""How long a handler holds up its process's event loop, so that it can be stopped there."""
+HANDLER_MS = 500
+"""How long a handler takes, so that its process can be killed or stopped there."""
 
 
 class Fault:
@@ -52,10 +54,10 @@ class Fault:
     """Seconds between two blows, on average."""
     settings: Mapping[str, str] = {}
     """Of the server."""
-    share = 1.0
-    """Of the load's time; most have one."""
+    least = 0.0
+    """Seconds of load that it needs to mean something; it gets them if half of the time is left to the others."""
     goal: float | None = None
-    """Seconds in which it has to be got over."""
+    """Seconds in which it has to be got over; it is not good otherwise."""
     drain = 90.0
     """Seconds in which everything has to have ended after the load: retries, leases and reconnects included."""
     patience = 20.0
@@ -93,6 +95,14 @@ def somebody(scene: Scene) -> Worker:
     return scene.dice.choice(scene.workers.all)
 
 
+async def in_a_handler(scene: Scene, milliseconds: int, after: float = 0) -> tuple[Worker, Run] | None:
+    """A worker that began so many seconds ago with a job of that data; None if somebody else ends it."""
+    run = await scene.started(await scene.send(BULK.name, milliseconds, priority=9))
+    await trio.sleep(after)
+    worker = scene.workers.at_work(run.process)
+    return None if worker is None else (worker, run)
+
+
 class Nothing(Fault):
     """Nothing is broken: what is counted here is what the harness itself does not see rightly."""
 
@@ -100,15 +110,18 @@ class Nothing(Fault):
 
 
 class Kill(Fault):
-    """`kill -9` of a worker at a random moment; another is started in its place. Leases of 1.5 s."""
+    """`kill -9` of a worker in the midst of a handler, at a random moment; another is started in its place. Leases of
+    1.5 s."""
 
     name = "kill"
     lease = 1.5
     goal = 2.0
 
     async def inflict(self, scene: Scene) -> None:
-        worker = somebody(scene)
-        with scene.incident("kill", worker.name, waits_for="affected"):
+        if (found := await in_a_handler(scene, HANDLER_MS, scene.dice.uniform(0, HANDLER_MS / 2000))) is None:
+            return
+        worker, run = found
+        with scene.incident("kill", worker.name, waits_for="affected", job=run.job):
             await scene.workers.end(worker, signal.SIGKILL)
 
 
@@ -132,6 +145,13 @@ class Terminate(Fault):
             await scene.workers.end(worker, signal.SIGTERM)
 
 
+STANDING = (
+    "select count(*) from pg_stat_activity where state = 'idle in transaction' and query like '%%.complete(%%'"
+    " and state_change < clock_timestamp() - interval '0.9 s'"
+)
+"""What a worker that stands between its completion and the commit holds up for 10 s at most: rescues, too."""
+
+
 class Stop(Fault):
     """SIGSTOP of a worker in the midst of a handler for twice its lease, then SIGCONT: what it settles then is refused."""
 
@@ -139,19 +159,33 @@ class Stop(Fault):
     goal = 2.5
 
     async def inflict(self, scene: Scene) -> None:
-        job = await scene.send(BULK.name, -BLOCKED_MS, priority=9)
-        run = await scene.started(job)
-        worker = next((worker for worker in scene.workers.all if worker.name == run.process), None)
-        if worker is None:  # somebody else has ended it
-            return
-        with scene.incident("stop", worker.name, waits_for="affected"):
-            worker.process.send_signal(signal.SIGSTOP)
-            try:
-                scene.ledger.read()
-                scene.stopped_in_handlers += run.ended is None
-                await trio.sleep(2 * self.lease)
-            finally:
-                worker.process.send_signal(signal.SIGCONT)
+        for _ in range(5):
+            if await self._stop(scene):
+                return
+
+    async def _stop(self, scene: Scene) -> bool:
+        """False: it stood between a completion and its commit, and nobody was free to take over."""
+        if (found := await in_a_handler(scene, -HANDLER_MS)) is None:
+            return True
+        worker, run = found
+        began = time.monotonic()
+        until = trio.current_time() + 2 * self.lease
+        transactions = 0
+        worker.process.send_signal(signal.SIGSTOP)
+        try:
+            scene.ledger.read()
+            await trio.sleep(1)
+            with contextlib.suppress(psycopg.Error):
+                [(transactions,)] = await scene.query(STANDING)
+            scene.stopped_in_handlers += run.over is None and not transactions
+            await trio.sleep_until(until)
+        finally:
+            if transactions:
+                scene.note("stop before a commit", began, worker.name)
+            else:
+                scene.note("stop", began, worker.name, waits_for="affected", job=run.job)
+            worker.process.send_signal(signal.SIGCONT)
+        return not transactions
 
     def expected(self, scene: Scene) -> Iterable[str]:
         if scene.stopped_in_handlers and not scene.ledger.events["LeaseLost"]:
@@ -162,25 +196,53 @@ class Stop(Fault):
 
 VICTIMS = {
     "listener": "application_name = 'notifyq listener'",
-    "claimer": "query like '%%.claim(%%'",
-    "settler": "query like '%%.complete(%%'",
+    "claimer": "query like '%.claim(%' and state = 'active'",
+    "settler": "query like '%.complete(%' and state = 'active'",
     "all": "backend_type = 'client backend'",
 }
+"""A session that is idle says what it did last, and that is no claim which is cut off."""
+
+CATCH_SECONDS = 2.0
+"""How long a statement is waited for that takes a millisecond: under load there are dozens in a second."""
 
 
 class Backends(Fault):
-    """`pg_terminate_backend` of listeners, of what claims, of what settles, or of all connections."""
+    """`pg_terminate_backend`, in turn, of listeners, of what is claiming, of what is completing, and of all connections."""
 
     name = "terminate-backend"
-    pause = 1.0
+    pause = 0.8
+
+    def __init__(self) -> None:
+        self._next: list[str] = []
+        self._missed: list[str] = []
 
     async def inflict(self, scene: Scene) -> None:
-        victims = scene.dice.choice(list(VICTIMS))
-        with scene.incident(f"terminated {victims}", waits_for="sent"), contextlib.suppress(psycopg.Error):
-            await scene.query(
-                "select pg_terminate_backend(pid) from pg_stat_activity"
-                f" where pid <> pg_backend_pid() and {VICTIMS[victims].replace('%%', '%')}"
-            )
+        if not self._next:
+            self._next = scene.dice.sample(sorted(VICTIMS), len(VICTIMS))
+        victims = self._next.pop()
+        kill = (
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            f" where datname = current_database() and pid <> pg_backend_pid() and {VICTIMS[victims]}"
+        )
+
+        def catch() -> tuple[float, int]:
+            until = time.monotonic() + CATCH_SECONDS
+            with psycopg.connect(scene.direct_dsn, autocommit=True, connect_timeout=5) as connection:
+                while True:
+                    began = time.monotonic()
+                    if (caught := len(connection.execute(kill.encode()).fetchall())) or began > until:
+                        return began, caught
+
+        began, caught = await trio.to_thread.run_sync(catch)
+        if caught:
+            scene.note(f"terminated {victims}", began, waits_for="sent")
+        else:
+            self._missed.append(victims)
+
+    def expected(self, scene: Scene) -> Iterable[str]:
+        hit = {incident.kind.removeprefix("terminated ") for incident in scene.ledger.incidents}
+        for victims in sorted({*self._missed} - hit):
+            yield f"no {victims} was terminated, in {self._missed.count(victims)} tries"
 
 
 class Restart(Fault):
@@ -192,7 +254,7 @@ class Restart(Fault):
     number = signal.SIGINT
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             await scene.server.stop(self.number)
             await trio.sleep(0.5)
             await scene.server.start()
@@ -213,11 +275,12 @@ class Crash(Fault):
     pause = 5.0
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
-            pids = await scene.query(
-                "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
-            )
-            if pids:
-                os.kill(scene.dice.choice(sorted(pids))[0], signal.SIGKILL)
+        pids = await scene.query(
+            "select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
+        )
+        if not pids:
+            return
+        with scene.incident(self.name, waits_for="next"):
+            os.kill(scene.dice.choice(sorted(pids))[0], signal.SIGKILL)
             await trio.sleep(0.5)
             await scene.server.accepting()

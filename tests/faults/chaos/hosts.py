@@ -1,9 +1,8 @@
-"""What befalls the hosts: a failover to a standby, a full disk, a pooler in between, a network that loses packets."""
+"""What befalls the hosts: a failover to a standby, a full disk, a pooler in between."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ import trio
 
 from .faults import Fault
 from .servers import Server, as_user, binaries, free_port
-from .wire import HERE, THERE, Wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
     from .cell import Scene
 
-__all__ = ["DiskFull", "Failover", "LossyNetwork", "Pooler", "SendersPooler"]
+__all__ = ["DiskFull", "Failover", "Pooler", "SendersPooler", "said"]
 
 STREAMING = "select count(*) from pg_stat_replication where state = 'streaming'"
 SYNCHRONOUS = "select count(*) from pg_stat_replication where sync_state in ('sync', 'quorum')"
@@ -89,7 +87,7 @@ class Failover(Fault):
             raise RuntimeError("the standby is not replicated to synchronously")
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             old = scene.server
             old.kill()
             for statement in (
@@ -146,7 +144,7 @@ class DiskFull(Fault):
 
     async def inflict(self, scene: Scene) -> None:
         ballast = scene.folder / "fault" / "ballast"
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             try:
                 until = trio.current_time() + 3
                 while trio.current_time() < until:
@@ -226,7 +224,7 @@ class SendersPooler(Fault):
                 await trio.sleep(0.02)
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             self._process.kill()
             self._process.wait()
             (self._settings.parent / "pid").unlink(missing_ok=True)
@@ -248,43 +246,3 @@ class Pooler(SendersPooler):
             ups = sum(what == "ListenerUp" for by, what, _ in scene.ledger.told if by == process)
             if (downs, ups) != (1, 0):
                 yield f"worker {process} said {downs} times that it does not listen, and {ups} times that it does"
-
-
-class LossyNetwork(Fault):
-    """The workers are in a network namespace of their own; its packets take 20 to 40 ms, overtake each other, and one in 50
-    is lost."""
-
-    name = "lossy-network"
-    rate = 1500
-    settings = {"listen_addresses": f"127.0.0.1,{HERE}"}  # noqa: RUF012
-
-    def missing(self) -> str | None:
-        try:
-            Wire().take_up()
-        except (OSError, subprocess.CalledProcessError) as error:
-            return f"no network namespace with TUN devices can be made here: {said(error)}"
-        return None
-
-    def place(self, folder: Path) -> Path:
-        self._wire = Wire()  # the server is to listen on it
-        return super().place(folder)
-
-    def leave(self, folder: Path) -> None:
-        self._wire.take_up()
-
-    @contextlib.asynccontextmanager
-    async def stage(self, scene: Scene) -> AsyncIterator[None]:
-        with (scene.server.data / "pg_hba.conf").open("a", encoding="utf-8") as rules:
-            rules.write(f"host all all {THERE}/32 trust\n")
-        await scene.query("select pg_reload_conf()")
-        scene.wrapped = self._wire.inside
-        scene.worker_dsn = scene.direct_dsn.replace("127.0.0.1", HERE)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(functools.partial(self._wire.carry, scene.dice, least=0.02, most=0.04, loss=0.02))
-            with scene.incident(self.name):
-                yield
-            nursery.cancel_scope.cancel()
-
-    def expected(self, scene: Scene) -> Iterable[str]:
-        if not self._wire.lost:
-            yield f"none of {self._wire.carried} packets was lost"

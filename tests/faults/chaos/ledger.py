@@ -32,7 +32,14 @@ class Run:
     process: str
     began: float
     ended: float | None = None
-    """None: it raised, was cancelled, or its process died."""
+    """When it had done its work."""
+    broke_off: float | None = None
+    """When it raised or was cancelled. Neither: it is still under way, or its process died in the midst of it."""
+
+    @property
+    def over(self) -> float | None:
+        """When it ended, one way or the other."""
+        return self.ended if self.broke_off is None else self.broke_off
 
 
 @attrs.frozen
@@ -58,6 +65,8 @@ class Incident:
     """The worker that it was done to; None: all of them."""
     waits_for: str | None = None
     """When it has been got over: see ``recoveries()``."""
+    job: int | None = None
+    """The job in the midst of which the worker was hit."""
     excuses: bool = True
     """Whether a job may run twice for it: some process, or its connection, is lost with what it has not settled."""
 
@@ -69,6 +78,17 @@ class Pen:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._runs = 0
 
+    @contextlib.contextmanager
+    def run(self, job: int, attempt: int) -> Iterator[None]:
+        """Write down that a handler begins with the block, and how it ends."""
+        number = self.began(job, attempt)
+        try:
+            yield
+        except BaseException:
+            self.broke_off(number)
+            raise
+        self.ended(number)
+
     def began(self, job: int, attempt: int) -> int:
         """Write down that a handler begins; gives the number of the run."""
         self._runs += 1
@@ -78,6 +98,10 @@ class Pen:
     def ended(self, run: int) -> None:
         """Write down that it has done all it had to do."""
         os.write(self._file, b"e %d %.6f\n" % (run, time.monotonic()))
+
+    def broke_off(self, run: int) -> None:
+        """Write down that it raised, or was cancelled."""
+        os.write(self._file, b"f %d %.6f\n" % (run, time.monotonic()))
 
     def tell(self, event: Event) -> None:
         """Write down that the runtime said something."""
@@ -134,10 +158,6 @@ class Ledger:
         """Something was done."""
         self.incidents.append(incident)
 
-    def running(self, process: str) -> list[Run]:
-        """What a process was running when it last wrote."""
-        return [run for (by, _), run in self._open.items() if by == process]
-
     def read(self) -> None:
         """Read what the workers have written since the last time."""
         for path in self.folder.glob("effects-*"):
@@ -164,6 +184,8 @@ class Ledger:
                     self._ended.add(run.job)
                     if (send := self.sends.get(run.job)) is not None:
                         self.completed[send.queue] += 1
+            case b"f":
+                self._open.pop((process, int(words[1]))).broke_off = float(words[2])
             case b"x":
                 self.events[words[1].decode()] += 1
                 self.told.append((process, words[1].decode(), float(words[2])))

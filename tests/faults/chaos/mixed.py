@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["Mixed"]
 
 
+class OpenAgain(sessions.LongTransaction):
+    """As long as nothing ends it, but no longer than until the next one."""
+
+    async def inflict(self, scene: Scene) -> None:
+        with contextlib.suppress(psycopg.Error):
+            await self.mend(scene)
+        await super().inflict(scene)
+
+
 class Mixed(Fault):
     """Two at a time of: kill, sigterm, stop, terminate-backend, restart-fast, restart-immediate, server-crash, half-open,
-    network, alien-locks. The wrong clock ticks all the time."""
+    network, no-connections, alien-locks, open-transaction (until a restart ends it), notify-queue-full. The wrong clock
+    ticks all the time."""
 
     name = "mixed"
     pause = 1.0
@@ -31,6 +41,7 @@ class Mixed(Fault):
         self._network = sessions.Network()
         self._half_open = sessions.HalfOpen()
         self._clock = sessions.Clock()
+        self._transaction = OpenAgain()
         self._parts: list[Fault] = [
             faults.Kill(),
             faults.Terminate(),
@@ -41,8 +52,17 @@ class Mixed(Fault):
             faults.Crash(),
             self._half_open,
             self._network,
+            sessions.NoConnections(),
             sessions.AlienLocks(),
+            self._transaction,
         ]
+        self._notify_queue = sessions.NotifyQueue()
+
+    def missing(self) -> str | None:
+        if not self.settings and self._notify_queue.missing() is None:
+            self.settings = self._notify_queue.settings
+            self._parts.append(self._notify_queue)
+        return None
 
     @contextlib.asynccontextmanager
     async def stage(self, scene: Scene) -> AsyncIterator[None]:
@@ -57,9 +77,12 @@ class Mixed(Fault):
                 nursery.start_soon(self._inflict, part, scene)
 
     async def _inflict(self, part: Fault, scene: Scene) -> None:
-        with contextlib.suppress(psycopg.Error, trio.TooSlowError):  # the other one has got in its way
+        # the other one has got in its way
+        with contextlib.suppress(psycopg.Error, trio.TooSlowError, ProcessLookupError):
             await part.inflict(scene)
 
     async def mend(self, scene: Scene) -> None:
         await self._half_open.mend(scene)
         await self._network.mend(scene)
+        with contextlib.suppress(psycopg.Error):
+            await self._transaction.mend(scene)

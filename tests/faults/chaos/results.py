@@ -40,7 +40,8 @@ def as_entry(fault: Fault, outcome: Outcome) -> dict[str, Any]:
     verdict = outcome.verdict
     return {
         "fault": fault.name,
-        "times": outcome.incidents,
+        "times": outcome.incidents.total(),
+        "times_by_kind": dict(outcome.incidents),
         "jobs": verdict.sent,
         "runs_of_handlers": verdict.ran,
         "lost": len(verdict.lost),

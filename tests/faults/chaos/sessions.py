@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import random
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     from .cell import Scene
     from .proxy import Link
 
-__all__ = ["AlienLocks", "Clock", "HalfOpen", "LongTransaction", "Network", "NoConnections", "NotifyQueue"]
+__all__ = [
+    "AlienLocks",
+    "Clock",
+    "HalfOpen",
+    "LongTransaction",
+    "Network",
+    "NoConnections",
+    "NotifyQueue",
+    "lock_purposes",
+]
 
 
 KEEPALIVE = 14.0
@@ -40,8 +50,8 @@ def session(dsn: str) -> psycopg.Connection[Any]:
 
 
 class HalfOpen(Fault):
-    """All connections of the workers stay open and carry nothing any more; new ones do. The server notices after 14 s, by
-    its keepalives. Leases of 12 s."""
+    """All connections of the workers stay open and carry nothing any more; new ones do. After 14 s the proxy in between
+    closes them to the server, as its keepalives would. Leases of 12 s."""
 
     name = "half-open"
     lease = 12.0
@@ -96,41 +106,59 @@ class Network(Fault):
         self.proxy.delay = None
 
 
+def lock_purposes() -> list[str]:
+    """All classes of advisory locks that the SQL functions take."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "sql").rglob("*.sql"))]
+    return sorted({purpose for text in texts for purpose in re.findall(r"lock_class\('(\w+)'\)", text)})
+
+
 class AlienLocks(Fault):
-    """Somebody else's session holds the advisory locks by which the bell knows who is free, or who is sending, for three
-    seconds."""
+    """Somebody else's session holds advisory locks of three of the classes that we use, all of them in turn (by those of
+    the bell it is known who is free, or far, or sending), for three seconds."""
 
     name = "alien-locks"
 
+    def __init__(self) -> None:
+        self._next: list[str] = []
+
     async def inflict(self, scene: Scene) -> None:
-        purpose = scene.dice.choice(["free", "pending", "promote", "interest", "settling"])
+        held = []
+        for _ in range(3):
+            if not self._next:
+                self._next = scene.dice.sample(purposes := lock_purposes(), len(purposes))
+            held.append(self._next.pop())
         form = scene.dice.choice(["pg_try_advisory_lock", "pg_try_advisory_lock_shared"])
+        take = f"select {form}(notifyq.lock_class(p), n) from unnest(%s::text[]) p, generate_series(0, 63) n"
         alien = await aside(session, scene.direct_dsn)
-        with contextlib.closing(alien), scene.incident(f"alien {purpose}", waits_for="sent", excuses=False):
-            await aside(
-                alien.execute,
-                f"select {form}(notifyq.lock_class(%s), n) from generate_series(0, 63) n".encode(),
-                [purpose],
-            )
+        with contextlib.closing(alien), scene.incident(self.name, waits_for="sent", excuses=False):
+            await aside(alien.execute, take.encode(), [held])
             await trio.sleep(3)
 
 
 class LongTransaction(Fault):
-    """A transaction with a snapshot and a transaction id of its own is left open for as long as the load lasts."""
+    """A transaction with a snapshot and a transaction id of its own is left open for as long as the load lasts: three
+    minutes at least, if there are ten."""
 
     name = "open-transaction"
-    share = 3.0
+    least = 185.0
+    rate = 1500  # what is dead under the snapshot stays, and so much of it fills no disk
+    _alien: psycopg.Connection[Any] | None = None
 
     async def inflict(self, scene: Scene) -> None:
-        if scene.ledger.incidents:
+        if self._alien is not None:
             return
         self._alien = await aside(session, scene.direct_dsn)
-        with scene.incident(self.name, excuses=False):
-            await aside(self._alien.execute, "begin isolation level repeatable read")
-            await aside(self._alien.execute, "select txid_current(), (select count(*) from notifyq.job)")
+        self._began = time.monotonic()
+        await aside(self._alien.execute, "begin isolation level repeatable read")
+        await aside(self._alien.execute, "select txid_current(), (select count(*) from notifyq.job)")
 
     async def mend(self, scene: Scene) -> None:
-        self._alien.close()
+        """Raises if it has not been open until now."""
+        alien, self._alien = self._alien, None
+        if alien is not None:
+            with contextlib.closing(alien):
+                await aside(alien.execute, "commit")
+            scene.note(self.name, self._began, excuses=False)
 
 
 class NotifyQueue(Fault):
@@ -146,7 +174,7 @@ class NotifyQueue(Fault):
     async def inflict(self, scene: Scene) -> None:
         listener, filler = await aside(session, scene.direct_dsn), await aside(session, scene.direct_dsn)
         with (
-            scene.incident(self.name, waits_for="any"),  # a handler's own transaction may not be committed
+            scene.incident(self.name, waits_for="next"),  # a handler's own transaction may not be committed
             contextlib.closing(listener),
             contextlib.closing(filler),
         ):
@@ -156,7 +184,7 @@ class NotifyQueue(Fault):
             while trio.current_time() < until:
                 try:
                     await aside(filler.execute, "select pg_notify('alien', repeat('x', 7900))")
-                except psycopg.OperationalError:
+                except psycopg.errors.ProgramLimitExceeded:
                     self.filled = True
                     await trio.sleep(0.1)
 
@@ -175,7 +203,7 @@ class NoConnections(Fault):
     settings = {"max_connections": "30"}  # noqa: RUF012
 
     async def inflict(self, scene: Scene) -> None:
-        with scene.incident(self.name, waits_for="any"):
+        with scene.incident(self.name, waits_for="next"):
             taken = [await aside(session, scene.direct_dsn)]
             try:
                 terminate = (

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "Verdict", "judge", "recoveries"]
 
-CLAIMED_BEFORE = 15.0
-"""Seconds by which a job may have been claimed before it begins: the default lease, and a little."""
+SETTLING = 2.0
+"""Seconds in which a completion has been stored if nothing is wrong just then: it waits for one write, under load."""
 
-SETTLED_AFTER = 15.0
-"""Seconds in which a completion is stored, or given up: the longest that a runtime waits for an answer, and a little."""
+IN_HAND = 1.0
+"""Seconds that a claimed job waits in a process before it begins, or is handed back: ``_shelf.STALE_SECONDS``."""
 
 CLOCKS = 0.01
 """Seconds that the server's clock and this process's may go apart while a delayed job waits."""
@@ -70,8 +70,8 @@ class Verdict:
             self.complaints.append(f"{len(jobs)} jobs {what}: {', '.join(map(str, jobs[:SHOWN]))}")
 
 
-def judge(ledger: Ledger, found: dict[int, Found]) -> Verdict:
-    """Account for every job."""
+def judge(ledger: Ledger, found: dict[int, Found], lease: float = 2.0) -> Verdict:
+    """Account for every job. ``lease``: that of the workers."""
     verdict = Verdict(sent=len(ledger.sends), ran=len(ledger.runs))
     ended: dict[int, list[Run]] = defaultdict(list)
     for run in ledger.runs:
@@ -81,7 +81,7 @@ def judge(ledger: Ledger, found: dict[int, Found]) -> Verdict:
         _account(verdict, job, send, found.get(job), job in ended)
     for job, runs in ended.items():
         if len(runs) > 1:
-            _explain(verdict, job, runs, ledger.incidents)
+            _explain(verdict, job, runs, ledger.incidents, lease)
     _check_strangers(verdict, ledger, found)
     _check_order(verdict, ledger, ended, found)
     _check_dead_letters(verdict, found)
@@ -105,31 +105,41 @@ def _account(verdict: Verdict, job: int, send: Send, found: Found | None, ran: b
         verdict.stuck.append(job)
 
 
-def _explain(verdict: Verdict, job: int, runs: list[Run], incidents: list[Incident]) -> None:
+def _explain(verdict: Verdict, job: int, runs: list[Run], incidents: list[Incident], lease: float) -> None:
     """Each run but the last must have met with something that kept its completion from being stored."""
     runs = sorted(runs, key=lambda run: run.began)
-    kinds = [_between(first, second, incidents) for first, second in itertools.pairwise(runs)]
+    excuses = [incident for incident in incidents if incident.excuses]
+    kinds = [
+        next((one.kind for one in excuses if _cut_off(one, *two, lease) or _woke_up(one, *two)), None)
+        for two in itertools.pairwise(runs)
+    ]
     if None in kinds:
         verdict.unexplained.append(job)
     else:
         verdict.explained[str(kinds[0])] += 1
 
 
-def _between(first: Run, second: Run, incidents: list[Incident]) -> str | None:
-    """What kept the first one's completion from being stored, or let the second one begin with a claim that was too old."""
+def _cut_off(incident: Incident, first: Run, second: Run, lease: float) -> bool:
+    """Whether the first run's process was hit between its claim and the storing of its completion."""
     assert first.ended is not None
-    for incident in (incident for incident in incidents if incident.excuses):
-        if (
-            incident.process in (None, first.process)
-            and first.began - CLAIMED_BEFORE <= incident.ended
-            and incident.began <= min(second.began, first.ended + SETTLED_AFTER)
-        ) or (
-            incident.process == second.process
-            and second.attempt < first.attempt
-            and incident.began <= first.began <= incident.ended
-        ):
-            return incident.kind
-    return None
+    # What ends sessions, or stops a process, costs at most what is in hand by then. What keeps all from the server costs
+    # leases, and claims that were not durable: a process may go on with those until it knows.
+    late = IN_HAND if incident.process or incident.kind.startswith("terminated ") else lease + IN_HAND
+    return (
+        incident.process in (None, first.process)
+        and first.began <= incident.ended + late
+        and incident.began <= min(second.began, first.ended + SETTLING)
+    )
+
+
+def _woke_up(incident: Incident, first: Run, second: Run) -> bool:
+    """Whether the second run's process was stopped before the first one began, and woke up with an older claim."""
+    return (
+        incident.process == second.process
+        and second.attempt < first.attempt
+        and incident.began <= first.began <= incident.ended
+        and second.began <= incident.ended + IN_HAND
+    )
 
 
 def _check_strangers(verdict: Verdict, ledger: Ledger, found: dict[int, Found]) -> None:
@@ -171,40 +181,44 @@ def _check_dead_letters(verdict: Verdict, found: dict[int, Found]) -> None:
     )
 
 
-def recoveries(ledger: Ledger) -> list[float]:
-    """Seconds until a job started again, of each incident that waits for that and was met with one.
+def recoveries(verdict: Verdict, ledger: Ledger, goal: float | None = None) -> list[float]:
+    """Seconds until a job started again, of each incident that waits for one.
 
-    ``affected``: one that the process was running; from the incident's beginning. ``sent``: one that was sent after its
-    beginning; from there. ``any``: whichever; from the incident's end.
+    A complaint of each that none came after, and if the longest is longer than the goal, or there is none.
+
+    ``affected``: the one in the midst of which the worker was hit, at another worker; from the incident's beginning,
+    unless it had ended all the same. ``sent``: one that was sent after its beginning; from there. ``next``: one that was
+    sent after its end; from there.
     """
     runs = sorted(ledger.runs, key=lambda run: run.began)
     begins = [run.began for run in runs]
-    by_job: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_job[run.job].append(run)
     waits = []
     for incident in ledger.incidents:
-        since = incident.ended if incident.waits_for == "any" else incident.began
+        since = incident.ended if incident.waits_for == "next" else incident.began
         later = itertools.islice(runs, bisect_right(begins, since), None)
         match incident.waits_for:
-            case "any":
-                again = next((run.began for run in later), None)
-            case "sent":
+            case "sent" | "next":
                 sends = ledger.sends
                 again = next((run.began for run in later if run.job in sends and sends[run.job].called > since), None)
             case "affected":
-                cut_off = {
-                    run.job
-                    for run in runs
-                    if run.process == incident.process
-                    and run.began < since
-                    and (run.ended is None or run.ended > since)
-                }
-                again = next(
-                    (run.began for run in later if run.job in cut_off and run.process != incident.process), None
-                )
+                if not _was_cut_off(runs, incident):
+                    continue
+                others = (run for run in later if run.process != incident.process)
+                again = next((run.began for run in others if run.job == incident.job), None)
             case _:
                 continue
-        if again is not None:
+        if again is None:
+            verdict.complain(f"no job started after {incident.kind} that says that it was got over")
+        else:
             waits.append(again - since)
+    if goal is not None and not waits:
+        verdict.complain(f"no recovery was timed, and the goal is {goal:g} s")
+    elif goal is not None and max(waits) > goal:
+        verdict.complain(f"a recovery took {max(waits):.2f} s, longer than its goal, {goal:g} s")
     return waits
+
+
+def _was_cut_off(runs: list[Run], incident: Incident) -> bool:
+    """Whether the run in the midst of which the worker was hit had not ended by itself until the incident was over."""
+    hit = (run for run in runs if run.job == incident.job and run.process == incident.process)
+    return all(run.over is None or run.over > incident.ended for run in hit if run.began < incident.began)

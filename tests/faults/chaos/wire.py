@@ -24,6 +24,7 @@ NAMESPACE, DEVICES = "chaos", ("chaos0", "chaos1")
 HERE, THERE = "10.213.7.1", "10.213.7.2"
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+TCP, SYN, ACK = 6, 0x02, 0x10
 LONGEST_PACKET = 65_536
 """Bytes."""
 
@@ -34,6 +35,8 @@ class Wire:
     def __init__(self) -> None:
         """Lay it. Raises ``OSError`` or ``CalledProcessError`` where that can't be done."""
         self.carried = self.lost = 0
+        self._ports: set[int] = set()
+        self._silent: set[int] = set()
         self._ends: list[int] = []
         try:
             for device in DEVICES:
@@ -61,6 +64,22 @@ class Wire:
         with contextlib.suppress(FileNotFoundError):
             subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
 
+    def silence(self) -> list[int]:
+        """Lose all packets of the TCP connections that there are, and carry those of new ones. Gives their ports there."""
+        self._silent = self._silent | self._ports
+        return sorted(self._silent)
+
+    def _is_silent(self, packet: bytes, *, from_there: bool) -> bool:
+        """Whether it is of such a connection: by the port at the namespace's end, until that begins another one."""
+        if packet[0] >> 4 != 4 or packet[9] != TCP:
+            return False
+        segment = packet[(packet[0] & 15) * 4 :]
+        port = int.from_bytes(segment[:2] if from_there else segment[2:4], "big")
+        self._ports.add(port)
+        if from_there and segment[13] & (SYN | ACK) == SYN:
+            self._silent.discard(port)
+        return port in self._silent
+
     async def carry(self, dice: random.Random, *, least: float, most: float, loss: float) -> None:
         """Carry packets until cancelled: each takes ``least`` to ``most`` seconds; a share of ``loss`` is lost."""
 
@@ -69,12 +88,12 @@ class Wire:
             with contextlib.suppress(OSError):  # a full device loses it, as any does
                 os.write(to, packet)
 
-        async def forward(source: int, to: int) -> None:
+        async def forward(source: int, to: int, from_there: bool) -> None:
             while True:
                 await trio.lowlevel.wait_readable(source)
                 with contextlib.suppress(BlockingIOError):
                     while packet := os.read(source, LONGEST_PACKET):
-                        if dice.random() < loss:
+                        if self._is_silent(packet, from_there=from_there) or dice.random() < loss:
                             self.lost += 1
                             continue
                         self.carried += 1
@@ -82,8 +101,8 @@ class Wire:
 
         here, there = self._ends
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(forward, here, there)
-            nursery.start_soon(forward, there, here)
+            nursery.start_soon(forward, here, there, False)
+            nursery.start_soon(forward, there, here, True)
 
     @property
     def inside(self) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +17,25 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Worker", "Workers"]
+__all__ = ["Worker", "Workers", "processes_in"]
 
 ROOT = Path(__file__).parents[3]
 HOW_MANY = 3
 END_SECONDS = 30.0
 """Seconds in which a process that was told to has to end: its grace is one, and what it waits for of the server 10."""
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Command lines of all processes that work in a folder, or name it in their arguments or their environment."""
+    known = re.compile(rb"%s(/|\0|$)" % re.escape(os.fsencode(folder)))
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is somebody else's
+            line = (process / "cmdline").read_bytes()
+            where = os.fsencode(os.readlink(process / "cwd"))  # a server's processes name nothing else
+            if known.search(b"\0".join((line, where, (process / "environ").read_bytes()))):
+                found.append(line.replace(b"\0", b" ").decode(errors="replace").strip())
+    return found
 
 
 @attrs.frozen
@@ -61,6 +76,10 @@ class Workers:
             stderr=self._log,
         )
         return Worker(name, process)
+
+    def at_work(self, name: str) -> Worker | None:
+        """The one of this name, unless somebody ends it."""
+        return next((one for one in self.all if one.name == name and one not in self._ending), None)
 
     async def end(self, worker: Worker, number: signal.Signals) -> None:
         """Send a signal that ends it, wait until it has, and start another in its place; nothing if it is ending already."""
