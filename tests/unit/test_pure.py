@@ -192,6 +192,30 @@ async def test_a_lease_bears_a_stall_of_a_third_of_it_at_any_moment(autojump_clo
     assert (lost == []) is borne
 
 
+async def test_a_lease_is_given_up_in_time_however_long_a_beat_takes_to_be_cancelled(autojump_clock):
+    began = trio.current_time()
+    given_up = []
+
+    async def beat() -> Any:
+        if trio.current_time() > began:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(10)  # it waits for its connection's last answer, say
+        return SimpleNamespace(renewed=True)
+
+    heart = Heart(
+        "r",
+        6.0,
+        beat=beat,
+        register=trio.lowlevel.checkpoint,
+        told=lambda beat: None,
+        lost=lambda: given_up.append(trio.current_time() - began),
+        events=Events(),
+    )
+    with trio.move_on_after(8):
+        await heart.run()
+    assert given_up == [pytest.approx(5.0)]
+
+
 async def test_the_batcher_batches_what_arrives_during_a_flush_and_loses_nothing_when_cancelled(autojump_clock):
     flushed: list[list[int]] = []
 
