@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 
-.PHONY: demo test bench compare chaos matrix clean
+.PHONY: demo test bench compare chaos cancel fuzz matrix clean
 
 demo: $(STAMP)
 	@$(BIN)/notifyq demo
@@ -27,6 +27,14 @@ compare: $(STAMP)
 # Breaks everything around notifyq while it works, and counts every job: docs/faults.md. make chaos MINUTES=30 SEED=1 FAULTS='kill stop'
 chaos: $(STAMP)
 	@$(BIN)/python -m tests.faults.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON)) $(FAULTS)
+
+# Ends a runtime, its parts and a client wherever they wait, each place once: docs/faults.md. A quarter of an hour and more.
+cancel: $(STAMP)
+	@NOTIFYQ_ALL_STEPS=1 $(BIN)/pytest tests/faults/test_cancelled.py tests/faults/test_cancelled_everywhere.py
+
+# Anything at all for every public function and every SQL function, other values each time. More: make fuzz EXAMPLES=1000
+fuzz: $(STAMP)
+	@NOTIFYQ_FUZZ=$(or $(EXAMPLES),100) $(BIN)/pytest tests/flow/test_fuzz.py tests/sql/test_fuzz.py
 
 # Half an hour and more in all. Fewer cells: make matrix VERSIONS='13 16', DEPENDENCIES=lowest, PYTHONS=python3.13, ONLY=tests/sql
 matrix: $(STAMP)

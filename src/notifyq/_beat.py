@@ -51,6 +51,8 @@ class Heart:
         """
         self._runtime = runtime
         self._lease = lease
+        self._margin = lease / 6
+        """Own handlers end before the lease does: so much of it is left for them to end in."""
         self._beat = beat
         self._register = register
         self._told = told
@@ -71,7 +73,9 @@ class Heart:
         """Beat until cancelled, or stopped. Started after the first beat."""
         async with self._running:
             with self._beating:
-                await self._beat_for_ever(task_status)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._give_up_in_time)
+                    await self._beat_for_ever(task_status)
 
     async def stop(self) -> None:
         """Beat no more. After that nothing is under way that might register the runtime again."""
@@ -97,18 +101,18 @@ class Heart:
     async def _beat_once(self) -> bool:
         """Beat; give the lease up in time if that fails. True if it is renewed."""
         started = trio.current_time()
-        # Own handlers end before the lease does: what is left of it, less a margin for them to end in.
-        margin = self._lease / 6
-        if started >= self._held_until - margin:
+        if started >= self._held_until - self._margin:
             self._give_up()
         given_up = self._held_until == -math.inf
         try:
-            with trio.move_on_at(started + self._lease / 2 if given_up else self._held_until - margin) as patience:
+            with trio.move_on_at(
+                started + self._lease / 2 if given_up else self._held_until - self._margin
+            ) as patience:
                 beat = await self._beat()
             if patience.cancelled_caught:
                 self._give_up()
                 return False
-            if given_up or not beat.renewed:
+            if self._held_until == -math.inf or not beat.renewed:
                 # What is still ours in the database was cancelled here: start with empty hands.
                 self._give_up()
                 await self._register()
@@ -121,6 +125,14 @@ class Heart:
         self._held_until = started + self._lease
         self._told(beat)
         return True
+
+    async def _give_up_in_time(self) -> None:
+        """Whatever a beat that hangs does: to let go of its connection may take it seconds."""
+        while True:
+            left = self._held_until - self._margin - trio.current_time()
+            if left <= 0:
+                self._give_up()
+            await trio.sleep(left if left > 0 else self._margin)
 
     def _give_up(self) -> None:
         if self._held_until != -math.inf:

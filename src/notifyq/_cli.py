@@ -22,6 +22,7 @@ from ._errors import InvalidOption
 from ._opening import open_connection
 from ._runtime import Runtime, run_until_signal
 from ._sql import check_schema_name, translated
+from ._wordless import wordless
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -104,7 +105,14 @@ def run(target: Target, app: str, processes: int, listen_dsn: str | None, verbos
     runtime.schema = target.given_schema or runtime.schema
     try:
         if processes == 1:
-            trio.run(partial(run_until_signal, runtime, asked, supervised=supervised))
+            try:
+                trio.run(partial(run_until_signal, runtime, asked, supervised=supervised))
+            except BaseExceptionGroup as ended:  # what a handler raised, say: its words may hold what is in its job
+                if verbose:
+                    raise
+                print(wordless(ended), file=sys.stderr)
+                print("notifyq: the runtime has ended; -v says more, which may hold what is in jobs", file=sys.stderr)
+                sys.exit(1)
         else:
             from ._supervisor import supervise
 

@@ -16,7 +16,7 @@ from ._errors import ConnectionLost, InvalidOption
 from ._listener import Listener
 from ._opening import open_connection
 from ._pool import Pool
-from ._sql import check_schema_name, seconds, translated, whole
+from ._sql import check_schema_name, flag, seconds, translated, whole
 from ._store import Store
 from .events import Events
 
@@ -169,6 +169,7 @@ async def _opened(
     dsn = resolve_dsn(dsn)
     listen_dsn = resolve_listen_dsn(listen_dsn, dsn)
     check_schema_name(schema)
+    flag(migrate, "migrate")
     whole(pool_size, "pool_size", 1, 1000)
     patience = seconds(connect_timeout, "connect_timeout")
     if not 0 < patience <= 86_400:

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, get_args
 
 from ._codec import to_json
+from ._connection import TrioConnection
 from ._declare import declare
 from ._errors import ClientClosed, InvalidOption, shown
 from ._models import FlowJob, In, JobRecord, Out, Parent, Sent, State
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from datetime import datetime, timedelta
 
-    from ._connection import TrioConnection
     from ._pool import Pool
     from ._store import Store
 
@@ -63,7 +63,14 @@ class Operator:
             yield connection
 
     def _on(self, connection: TrioConnection | None) -> AbstractAsyncContextManager[TrioConnection]:
-        return self.connection() if connection is None else nullcontext(connection)
+        if connection is None:
+            return self.connection()
+        if not isinstance(connection, TrioConnection):
+            raise InvalidOption(
+                f"connection must be one that this client, or a worker's transaction, lends, not {shown(connection)};"
+                " for others there is Queue.statement"
+            )
+        return nullcontext(connection)
 
     def _ids(self, jobs: Sequence[Sent[Any] | int]) -> list[int]:
         return [job_id(job, self.schema) for job in jobs]

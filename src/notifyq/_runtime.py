@@ -19,7 +19,7 @@ from ._middleware import check_middleware
 from ._pool import Pool
 from ._queue import Queue
 from ._session import Session, Settings
-from ._sql import LONGEST, check_schema_name, seconds, whole
+from ._sql import LONGEST, check_schema_name, flag, seconds, whole
 from ._store import Store
 from .events import Events
 
@@ -83,7 +83,7 @@ class Runtime:
         self.dsn = dsn
         self.listen_dsn = listen_dsn
         self.schema = check_schema_name(schema)
-        self._migrate = migrate
+        self._migrate = flag(migrate, "migrate")
         self.middleware = check_middleware(middleware, "the runtime")
         self.lease = _duration(lease, "lease", 1.0, 3600.0)
         self.grace = _duration(grace, "grace", 0.0, LONGEST)
@@ -94,7 +94,10 @@ class Runtime:
         self._logged = False
 
     def subscribe(self, subscriber: Callable[[Event], object], *kinds: type[Event]) -> None:
-        """Call ``subscriber`` with every event of these kinds (none: all), in the event loop. It must not block."""
+        """Call ``subscriber`` with every event of these kinds (none: all), in the event loop. It must not block.
+
+        Raises ``InvalidOption`` for what is no function, or no kind of event.
+        """
         self.events.subscribe(subscriber, *kinds)
 
     def stop(self) -> None:
@@ -181,6 +184,8 @@ def run(runtime: Runtime) -> None:
 
     Raises what ``Runtime.run`` raises.
     """
+    if not isinstance(runtime, Runtime):
+        raise InvalidOption(f"give a notifyq.Runtime, not {shown(runtime)}")
     trio.run(run_until_signal, runtime)
 
 

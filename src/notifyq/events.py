@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from ._errors import InvalidOption, shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
@@ -184,7 +186,12 @@ class Events:
         self._wanted: dict[type[Event], bool] = {}
 
     def subscribe(self, subscriber: Callable[[Event], object], *kinds: type[Event]) -> None:
-        """Call ``subscriber`` with every event of these kinds (none given: every event)."""
+        """Call ``subscriber`` with every event of these kinds (none given: every event). Raises ``InvalidOption``."""
+        if not callable(subscriber):
+            raise InvalidOption(f"a subscriber must be a function that takes an event, not {shown(subscriber)}")
+        for kind in kinds:
+            if not (isinstance(kind, type) and issubclass(kind, Event)):
+                raise InvalidOption(f"a kind of event must be a class of notifyq.events, not {shown(kind)}")
         self._subscribers.append((subscriber, kinds or (Event,)))
         self._wanted.clear()
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
+from datetime import timedelta
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +23,16 @@ from . import _schema
 from ._bell import Bell
 from ._codec import from_json
 from ._connect import connect, resolve_dsn
-from ._errors import InvalidOption
+from ._errors import InvalidOption, shown
 from ._opening import open_connection
+from ._operator import declared
 from ._runtime import Runtime
+from ._sql import seconds, text
 from ._store import Store
 from .events import Event, JobCancelled, JobCompleted, JobFailed, JobSnoozed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-    from datetime import timedelta
 
     from ._client import Client
     from ._middleware import Middleware
@@ -78,8 +80,8 @@ def embedded_server(*options: str) -> Iterator[str]:
 
 
 def with_database(dsn: str, database: str) -> str:
-    """The same DSN with another database."""
-    return psycopg.conninfo.make_conninfo(dsn, dbname=database)
+    """The same DSN with another database. Raises ``InvalidOption``."""
+    return psycopg.conninfo.make_conninfo(resolve_dsn(dsn), dbname=text(database, "database"))
 
 
 @contextlib.asynccontextmanager
@@ -89,15 +91,16 @@ async def fresh_database(dsn: str | None = None, *, template: str | None = None)
     Args:
         dsn: of any database on the server, with a role that may create databases (default: ``DATABASE_URL``).
         template: copy this database: installing the schema once and copying it is quicker than installing it anew.
+
+    Raises ``InvalidOption``, and psycopg's errors where the server does not do it.
     """
     dsn = resolve_dsn(dsn)
+    template = "template1" if template is None else text(template, "template")
     name = f"notifyq_test_{secrets.token_hex(6)}"
     connection = await open_connection(dsn)
     try:
         await connection.execute(
-            sql.SQL("create database {} template {}").format(
-                sql.Identifier(name), sql.Identifier(template or "template1")
-            )
+            sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
         )
         try:
             yield with_database(dsn, name)
@@ -110,15 +113,19 @@ async def fresh_database(dsn: str | None = None, *, template: str | None = None)
 
 async def age_jobs(nq: Client, by: timedelta) -> None:
     """Let time pass: every due time, expiry, deadline, lease and finish of the installation moves into the past, and so do
-    the starts that rates count and the slots of throttled and debounced keys."""
-    text = (files("notifyq") / "sql" / "testing" / "age.sql").read_text(encoding="utf-8")
+    the starts that rates count and the slots of throttled and debounced keys. Raises ``InvalidOption``."""
+    if not isinstance(by, timedelta):
+        raise InvalidOption(f"by must be a timedelta, not {shown(by)}")
+    seconds(by, "by")
+    function = (files("notifyq") / "sql" / "testing" / "age.sql").read_text(encoding="utf-8")
     async with nq.connection() as connection:
-        await connection.execute(_schema.renamed(text, nq.schema).encode())
+        await connection.execute(_schema.renamed(function, nq.schema).encode())
         await connection.execute(sql.SQL("select {}(%s)").format(sql.Identifier(nq.schema, "age")), (by,))
 
 
 async def sent(nq: Client, queue: Queue[In, Any]) -> list[In]:
-    """The data of a queue's jobs that wait to be run, oldest first, as the declared type."""
+    """The data of a queue's jobs that wait to be run, oldest first, as the declared type. Raises ``InvalidOption``."""
+    declared(queue)
     records = [
         record
         for state in ("ready", "blocked", "scheduled")

@@ -17,7 +17,7 @@ import notifyq
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-__all__ = ["AtNewPlace", "Place", "places", "places_below", "untried"]
+__all__ = ["AtNewPlace", "Place", "awaited", "places", "places_below", "untried"]
 
 SOURCE = Path(notifyq.__file__).parent
 
@@ -53,33 +53,42 @@ def _module(filename: str) -> str:
     return path.stem if path.parent == SOURCE else ""
 
 
-def untried(
-    modules: Iterable[str], tried: set[Place], let_off: Collection[tuple[str, str]]
-) -> list[tuple[str, int, str]]:
-    """What these modules await at none of the places that were tried: module, line and text."""
+def untried(modules: Iterable[str], tried: set[Place], let_off: Collection[str]) -> list[str]:
+    """What these modules await at none of the places that were tried, but for what is let off: ``module.function: line``."""
     lines = {(module, line) for module, line, _ in tried}
-    left = []
-    for module in modules:
-        text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
-        for first, last in _awaits(text):
-            said = text.splitlines()[first - 1].strip()
-            if (module, said) not in let_off and not any((module, line) in lines for line in range(first, last + 1)):
-                left.append((module, first, said))
-    return left
+    return [
+        said
+        for module in modules
+        for said, first, last in awaited(module)
+        if said not in let_off and not any((module, line) in lines for line in range(first, last + 1))
+    ]
 
 
-def _awaits(text: str) -> list[tuple[int, int]]:
-    """The first and last lines of all that is awaited."""
-    awaited: list[ast.expr] = []
-    for node in ast.walk(ast.parse(text)):
-        match node:
-            case ast.Await():
-                awaited.append(node)
-            case ast.AsyncWith():
-                awaited += [item.context_expr for item in node.items]
-            case ast.AsyncFor():
-                awaited.append(node.iter)
-    return sorted({(each.lineno, each.end_lineno or each.lineno) for each in awaited})
+def awaited(module: str) -> list[tuple[str, int, int]]:
+    """All that a module awaits: ``module.function: line``, as it is written, and its first and last lines."""
+    text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    return [
+        (f"{function}: {lines[first - 1].partition('  #')[0].strip()}", first, last)
+        for function, first, last in sorted(_awaits(ast.parse(text), module), key=lambda found: found[1:])
+    ]
+
+
+def _awaits(node: ast.AST, function: str) -> set[tuple[str, int, int]]:
+    """What is awaited in a node, with the name of the function that it stands in, and of what that stands in."""
+    found: set[tuple[str, int, int]] = set()
+    for child in ast.iter_child_nodes(node):
+        named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        found |= _awaits(child, f"{function}.{child.name}" if named else function)
+    expressions: list[ast.expr] = []
+    match node:
+        case ast.Await():
+            expressions = [node]
+        case ast.AsyncWith():
+            expressions = [item.context_expr for item in node.items]
+        case ast.AsyncFor():
+            expressions = [node.iter]
+    return found | {(function, each.lineno, each.end_lineno or each.lineno) for each in expressions}
 
 
 class AtNewPlace(trio.abc.Instrument):

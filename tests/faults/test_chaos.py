@@ -107,6 +107,7 @@ async def test_a_full_notify_queue_costs_no_job_and_is_got_over(folder, template
                     with pytest.raises(notifyq.ServerTrouble, match="NOTIFY queue"):
                         await nq.send(queue, 2)
                 assert await nq.result(sent) == 2
+                assert [job.data for job in await nq.jobs()] == [1]  # of the send that was refused there is none
                 runtime.stop()
     finally:
         server.kill()
@@ -135,12 +136,15 @@ async def test_both_ends_of_a_connection_are_to_notice_that_the_other_one_is_sil
 
 
 async def test_a_transaction_that_has_sent_can_be_prepared_where_the_bell_never_rings(folder, template):
+    silent, done = notifyq.Queue("silent", bell="never"), trio.Event()
+    silent.worker(lambda job: job.id)
     server = Server.copied(template, folder / "prepared", {"max_prepared_transactions": "1"})
     try:
         await server.start()
+        runtime = notifyq.Runtime([silent], dsn=server.dsn, lease=1.0)
+        runtime.subscribe(lambda event: done.set(), events.JobCompleted)
         async with notifyq.connect(server.dsn) as nq:
-            await nq.create_queue(notifyq.Queue("silent", bell="never"))
-            await nq.create_queue(notifyq.Queue("loud", bell="always"))
+            await nq.declare([silent, notifyq.Queue("loud", bell="always")])
         with psycopg.connect(server.dsn, autocommit=True) as connection:
             connection.execute("begin")
             connection.execute("select notifyq.send('loud')")
@@ -151,8 +155,13 @@ async def test_a_transaction_that_has_sent_can_be_prepared_where_the_bell_never_
             connection.execute("prepare transaction 'silent'")
             jobs = "select queue, state from notifyq.jobs"
             assert connection.execute(jobs).fetchall() == []
-            connection.execute("commit prepared 'silent'")
-            assert connection.execute(jobs).fetchall() == [("silent", "ready")]
+            async with trio.open_nursery() as nursery:
+                await nursery.start(runtime.run)
+                connection.execute("commit prepared 'silent'")
+                assert connection.execute(jobs).fetchall() == [("silent", "ready")]
+                with trio.fail_after(20):  # nothing rings: the next beat, which is the poll, finds it
+                    await done.wait()
+                runtime.stop()
     finally:
         server.kill()
 

@@ -9,13 +9,15 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import trio
 import trio.lowlevel
 
 import notifyq
-from notifyq import Job, Queue, events
+from notifyq import Job, Queue, events, testing
 from notifyq._store import Store
-from tests.faults.test_cancelled import value
+from tests.faults.chaos.servers import binaries
+from tests.faults.test_cancelled import OTHERS, value
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,14 +38,38 @@ async def work(job):
 runtime = notifyq.Runtime([slow], lease={lease}, grace={grace})
 """
 
+DEADLY = """
+import os, signal
+import notifyq
+
+slow = notifyq.Queue("slow", int, int, retry_limit=1, retry_delay=0)
+
+@slow.worker
+async def work(job):
+    if job.data:
+        print("started", job.data, job.attempt, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job.attempt
+
+runtime = notifyq.Runtime([slow], lease={lease}, grace={grace})
+"""
+
 
 class Process:
     """``notifyq run`` of a module written for the test."""
 
     def __init__(
-        self, folder: Path, dsn: str, *, seconds: float, grace: float, lease: float = 2, arguments: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        dsn: str,
+        *,
+        seconds: float,
+        grace: float,
+        lease: float = 2,
+        arguments: tuple[str, ...] = (),
+        app: str = APP,
     ) -> None:
-        (folder / "app.py").write_text(APP.format(seconds=seconds, grace=grace, lease=lease), encoding="utf-8")
+        (folder / "app.py").write_text(app.format(seconds=seconds, grace=grace, lease=lease), encoding="utf-8")
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "notifyq", "run", "app:runtime", *arguments],
             cwd=folder,
@@ -110,7 +136,9 @@ async def test_jobs_of_the_killed_run_elsewhere_when_its_lease_ends_and_not_befo
         process.send_signal(signal.SIGKILL)
         await seen.wait(events.JobCompleted, 2)
     await process.end()
-    assert min([(await nq.get(job)).claimed_at for job in sent]) > lease_until
+    claimed = [(await nq.get(job)).claimed_at for job in sent]
+    assert lease_until < min(claimed)
+    assert max(claimed) < lease_until + timedelta(seconds=1)
 
 
 async def dead(connection: TrioConnection, lease: float, holding: int) -> None:
@@ -211,6 +239,128 @@ async def test_the_supervisor_replaces_a_crashed_process_and_drains_all(dsn, nq,
     process.send_signal(signal.SIGTERM)
     code, log = await process.end()
     assert code == 0, log
+
+
+async def test_a_job_that_kills_its_process_has_failed_as_lost_when_its_attempts_are_used_up(dsn, nq, tmp_path):
+    process = Process(tmp_path, dsn, seconds=0, grace=5, lease=1, arguments=("--processes", "2"), app=DEADLY)
+    queue = Queue("slow", int, int, retry_limit=1, retry_delay=0)
+    await nq.create_queue(queue)
+    deadly = await nq.send(queue, 1)
+    assert [await process.line(), await process.line()] == ["started 1 1", "started 1 2"]
+    with trio.fail_after(20):
+        with pytest.raises(notifyq.JobFailed, match="lost"):
+            await nq.result(deadly)
+        assert await nq.result(await nq.send(queue, 0)) == 1
+    record = await nq.get(deadly)
+    assert (record.state, record.attempt) == ("failed", 2)
+    process.send_signal(signal.SIGTERM)
+    code, log = await process.end()
+    assert code == 0, log
+
+
+NOTING = """
+create table noted (what text, queue int, setting text);
+create function note() returns trigger language plpgsql as $$ begin
+    insert into public.noted values (tg_argv[0], new.queue, current_setting('synchronous_commit'));
+    return null;
+end $$;
+create constraint trigger note after insert on notifyq.active
+deferrable initially deferred for each row execute function note('claim');
+create constraint trigger note after insert on notifyq.archive
+deferrable initially deferred for each row execute function note('end');
+"""
+"""Writes down, as a transaction commits that claims or ends a job, whether the commit waits until it is on the disk."""
+
+
+async def test_a_runtime_waits_for_what_it_writes_but_for_claims_of_what_may_run_again(start, nq, connection):
+    once, again = Queue("once", int, int, retry_limit=0), Queue("again", int, int, retry_limit=1)
+
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    for queue in (once, again):
+        queue.worker(concurrency=2)(work)
+    await nq.declare([once, again])
+    await connection.execute(NOTING.encode())
+    await start(once, again)
+    with trio.fail_after(20):
+        for sent in [*await nq.send_many(once, range(20)), *await nq.send_many(again, range(20))]:
+            await nq.result(sent)
+    noted = await connection.execute(
+        "select distinct what, name, setting from noted join notifyq.queue on number = queue order by what, name"
+    )
+    assert await noted.fetchall() == [
+        ("claim", "again", "off"),
+        ("claim", "once", "on"),
+        ("end", "again", "on"),
+        ("end", "once", "on"),
+    ]
+
+
+async def test_a_restored_dump_has_every_job_and_what_was_active_runs_when_its_lease_has_passed(
+    server, dsn, nq, connection, tmp_path
+):
+    queue = Queue("q", int, int, retry_limit=1)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    await nq.create_queue(queue)
+    done, active = await nq.send(queue, 1), await nq.send(queue, 2)
+    [job] = await nq.fetch(queue)
+    await nq.complete(job, 7)
+    await dead(connection, 2.0, 1)
+    ready, delayed = await nq.send(queue, 3), await nq.send(queue, 4, delay=HOUR)
+    file = str(tmp_path / "dump")
+    await trio.run_process([binaries() / "pg_dump", "-Fc", "-f", file, "-d", dsn])
+    async with testing.fresh_database(server) as own:
+        await trio.run_process([binaries() / "pg_restore", "-d", own, file])
+        runtime = notifyq.Runtime([queue], dsn=own)
+        async with notifyq.connect(own) as restored, trio.open_nursery() as nursery:
+            records = [await restored.get(each.id) for each in (done, active, ready, delayed)]
+            assert [record.state for record in records] == ["completed", "active", "ready", "scheduled"]
+            lease_until = await value(connection, "select lease_until from notifyq.runtime")
+            with trio.fail_after(20):
+                await nursery.start(runtime.run)
+                assert [await restored.result(each) for each in (done, ready, active)] == [7, 1, 2]
+            assert (await restored.get(active.id)).claimed_at > lease_until
+            assert (await restored.send(queue, 5)).id > delayed.id
+            runtime.stop()
+
+
+async def set_read_only(connection: TrioConnection, setting: str) -> None:
+    """What standbys are. It holds for connections that are made from now on; all others are ended."""
+    name = connection.info.dbname
+    await connection.execute(f"alter database {name} set default_transaction_read_only = {setting}".encode())
+    await connection.execute(OTHERS.replace("count(*)", "count(pg_terminate_backend(pid))").encode())
+
+
+async def test_a_runtime_does_not_start_where_nothing_can_be_written_and_says_why(dsn, connection):
+    queue = Queue("q", int, int)
+    queue.worker(lambda job: job.data)
+    await set_read_only(connection, "on")
+    with trio.fail_after(20), pytest.raises(notifyq.ConnectionLost, match="read-only transaction"):
+        await notifyq.Runtime([queue], dsn=dsn).run()
+
+
+async def test_a_runtime_whose_server_turns_read_only_says_so_and_goes_on_when_it_may_write(start, connection):
+    queue = Queue("q", int, int)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, lease=2.0)
+    await set_read_only(connection, "on")
+    await seen.wait(events.LeaseGivenUp, seconds=20)
+    await connection.execute("select notifyq.send('q', '1')")
+    await trio.sleep(1)  # it tries again and again
+    told = [trouble.part for trouble in seen.of(events.ServerTrouble) if "read-only" in trouble.reason]
+    assert "beat" in told
+    assert len(told) == len(set(told))  # each part once
+    await set_read_only(connection, "off")
+    await seen.wait(events.JobCompleted, seconds=20)
 
 
 async def test_killed_backends_cost_no_job(start, nq, connection):

@@ -235,7 +235,8 @@ async def test_run_ends_with_an_error_when_a_handler_exits_even_if_it_says_that_
             check=False,
         )
     assert ended.returncode == 1
-    assert b"SystemExit: 0" in ended.stderr
+    assert b"in work\n    sys.exit(0)" in ended.stderr
+    assert b"\nSystemExit\n" in ended.stderr
     assert (await nq.get(sent)).state in ("ready", "scheduled")
 
 

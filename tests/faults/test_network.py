@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ import trio.testing
 import notifyq
 from notifyq import Job, Queue, events
 from tests.faults.chaos.proxy import Proxy
+from tests.faults.test_cancelled import value
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -96,6 +98,31 @@ async def test_a_network_that_hangs_and_comes_back_costs_a_runtime_seconds(proxy
     proxy.thaw()
     with trio.fail_after(15):
         assert await nq.result(sent) == 1
+
+
+async def test_what_a_runtime_runs_that_cannot_renew_ends_before_its_lease_does(proxy, serve, nq, connection):
+    queue = Queue("q", int, int)
+    begun, ended = trio.Event(), trio.Event()
+    moments: list[datetime] = []
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        begun.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            moments.append(datetime.now(UTC))
+            ended.set()
+        return 0
+
+    seen = await serve(queue, lease=6.0)  # a sixth of it is left for handlers to end in
+    await nq.send(queue, 1)
+    with trio.fail_after(20):
+        await begun.wait()
+        proxy.freeze(new=True)
+        await ended.wait()
+    assert of(seen, events.LeaseGivenUp)
+    assert moments[0] < await value(connection, "select lease_until from notifyq.runtime")
 
 
 async def freeze_under_load(

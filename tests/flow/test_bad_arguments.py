@@ -160,6 +160,13 @@ async def test_a_bad_option_of_a_statement_is_named():
     await refused(lambda value: Q.statement(1, schema=value), (5, None, "", "No", "pg_x", "a\x00b"), "schema")
 
 
+async def test_what_is_no_connection_is_refused_and_nothing_is_sent(nq, dsn):
+    await nq.create_queue(Q)
+    with psycopg.connect(dsn) as alien:
+        await refused(lambda value: nq.send(Q, 1, connection=value), (5, "x", alien), "connection must be one")
+    assert await nq.jobs() == []
+
+
 async def test_an_option_that_is_none_is_inherited(nq):
     await nq.create_queue(Queue("q", int, int, priority=7))
     await nq.send(Q, 1, priority=None)

@@ -245,6 +245,56 @@ async def test_what_is_in_jobs_is_logged_at_debug_only(dsn, tmp_path):
     assert WORD not in lines[""] + lines["-v"]
 
 
+ENDING = """
+import sys
+import notifyq
+
+class Booked(BaseException):
+    pass
+
+exits = notifyq.Queue("exits", str, retry_limit=0)
+raises = notifyq.Queue("raises", str, retry_limit=0)
+groups = notifyq.Queue("groups", str, retry_limit=0)
+
+@exits.worker
+async def leave(job):
+    sys.exit(job.data)
+
+@raises.worker
+def book(job):
+    error = Booked("cannot book " + job.data)
+    error.add_note(job.data)
+    raise error from ValueError(job.data)
+
+@groups.batch_worker(batch_size=2)
+async def book_all(jobs):
+    raise BaseExceptionGroup(jobs[0].data, [Booked(job.data) for job in jobs])
+
+runtime = notifyq.Runtime([exits, raises, groups])
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("-v",), ("--processes", "2")])
+@pytest.mark.parametrize(
+    ("queue", "type_"), [("exits", "SystemExit"), ("raises", "app.Booked"), ("groups", "app.Booked")]
+)
+async def test_what_ends_a_runtime_is_told_with_what_is_in_its_job_at_debug_only(dsn, tmp_path, queue, type_, flags):
+    (tmp_path / "app.py").write_text(ENDING, encoding="utf-8")
+    process = run("-m", "notifyq", "run", "app:runtime", *flags, dsn=dsn, cwd=tmp_path)
+    try:
+        async with notifyq.connect(dsn) as nq:
+            await nq.create_queue(Queue(queue, str, retry_limit=0))
+            sent = await nq.send(Queue(queue, str), DATA)
+            with trio.fail_after(30), pytest.raises(notifyq.JobFailed, match=DATA):
+                await nq.result(sent)
+        said = await output(process)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert f"\n{type_}" in said if "-v" not in flags else f"{type_}: " in said
+    assert (DATA in said) == ("-v" in flags)
+
+
 async def test_a_refused_settle_says_no_row(dsn, caplog):
     """One that is refused for a reason that may pass: without the server's details, which hold the row."""
     caplog.set_level(logging.INFO)

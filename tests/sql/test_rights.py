@@ -240,6 +240,22 @@ async def test_a_role_may_read_the_views_of_its_kind_and_change_nothing(connecti
         assert await refusal(connection, roles[kind], statement) == "permission denied for schema notifyq"
 
 
+@pytest.mark.parametrize("kind", ROLES)
+async def test_a_role_may_do_nothing_with_the_leaves_of_the_archive(ask, roles, kind):
+    await ask("select notifyq.create_queue('q')")
+    assert await ask("select notifyq.make_leaves(1)") == [(2,)]
+    leaves = await ask(
+        "select relname from pg_class where relnamespace = 'notifyq'::regnamespace and relkind = 'r'"
+        " and relname ~ '_[0-9]{8}$'"
+    )
+    assert len(leaves) == 2
+    for (name,) in leaves:
+        anything = "select, insert, update, delete, truncate, references, trigger"
+        assert await ask("select has_table_privilege(%s, %s, %s)", roles[kind], f"notifyq.{name}", anything) == [
+            (False,)
+        ], name
+
+
 async def test_what_runs_as_its_owner_has_a_reason_and_a_pinned_search_path(ask):
     found = await ask(
         "select format('%s(%s)', proname, case when pronargs > 0 then proargnames[1] end), proconfig"

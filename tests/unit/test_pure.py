@@ -6,6 +6,7 @@ import json
 import math
 import random
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -21,6 +22,7 @@ from notifyq import InvalidData, InvalidOption, Queue, SchemaMismatch, _schema
 from notifyq._answers import Claimed, Haul, Stance
 from notifyq._backoff import BASE, CAP, reconnect_delay
 from notifyq._batcher import Batcher
+from notifyq._beat import Heart
 from notifyq._bell import Bell
 from notifyq._claimer import Claimer
 from notifyq._claimer_calls import ClaimerCalls
@@ -161,6 +163,57 @@ async def test_a_ring_while_nobody_waits_is_kept_and_many_are_one(autojump_clock
     with trio.move_on_after(1) as patience:
         await bell.wait()
     assert patience.cancelled_caught
+
+
+@pytest.mark.parametrize(("share", "borne"), [(0.32, True), (0.6, False)])
+async def test_a_lease_bears_a_stall_of_a_third_of_it_at_any_moment(autojump_clock, share, borne):
+    """With 1.5 s, half a second: for so long no beat is answered."""
+    lease = 1.5
+    lost = []
+    for moment in range(200):
+        stall = trio.current_time() + moment / 100
+
+        async def beat(stall: float = stall) -> Any:
+            if stall <= trio.current_time() < stall + share * lease:
+                await trio.sleep_until(stall + share * lease)
+            return SimpleNamespace(renewed=True)
+
+        heart = Heart(
+            "r",
+            lease,
+            beat=beat,
+            register=trio.lowlevel.checkpoint,
+            told=lambda beat: None,
+            lost=lambda moment=moment: lost.append(moment),
+            events=Events(),
+        )
+        with trio.move_on_after(4):
+            await heart.run()
+    assert (lost == []) is borne
+
+
+async def test_a_lease_is_given_up_in_time_however_long_a_beat_takes_to_be_cancelled(autojump_clock):
+    began = trio.current_time()
+    given_up = []
+
+    async def beat() -> Any:
+        if trio.current_time() > began:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(10)  # it waits for its connection's last answer, say
+        return SimpleNamespace(renewed=True)
+
+    heart = Heart(
+        "r",
+        6.0,
+        beat=beat,
+        register=trio.lowlevel.checkpoint,
+        told=lambda beat: None,
+        lost=lambda: given_up.append(trio.current_time() - began),
+        events=Events(),
+    )
+    with trio.move_on_after(8):
+        await heart.run()
+    assert given_up == [pytest.approx(5.0)]
 
 
 async def test_the_batcher_batches_what_arrives_during_a_flush_and_loses_nothing_when_cancelled(autojump_clock):
