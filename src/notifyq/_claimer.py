@@ -283,7 +283,9 @@ class Claimer:
             whole = dry or not self._floor.numbers or self.looks.is_due(now)
             self.fleet.looked()
             self._due.claiming()
-            haul = await self._claim(how_many, whole, now)
+            floors = None if whole else self._floor.numbers
+            with trio.CancelScope(shield=True), answered_within(ANSWER_TIMEOUT):
+                haul = await self._calls.claim(how_many, floors, self._due.floor)
             if whole:
                 self._looked(now, how_many, haul)
             else:
@@ -297,17 +299,6 @@ class Claimer:
                     self.looks.owed = not whole
                     self._watch.dry(brought, haul.left, trio.current_time())
                     return
-
-    async def _claim(self, how_many: int, whole: bool, now: float) -> Haul:
-        floors = None if whole else self._floor.numbers
-        try:
-            with trio.CancelScope(shield=True), answered_within(ANSWER_TIMEOUT):
-                haul = await self._calls.claim(how_many, floors, self._due.floor)
-        except BaseException:
-            if whole:
-                self.looks.failed(now, trio.current_time())
-            raise
-        return haul
 
     def _looked(self, since: float, how_many: int, haul: Haul) -> None:
         """A claim from the beginning has ended."""

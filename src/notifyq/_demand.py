@@ -28,6 +28,9 @@ LOOK_EVERY = 1.0
 LOOK_SHARE = 0.02
 """Share of the time that such looks may take: a long-open snapshot makes them dear."""
 
+LOOK_LATEST = 30.0
+"""Seconds: no look from the beginning is put off for longer, however dear it is."""
+
 CHEAP_LOOK = 0.004
 """Seconds: a look that takes less, the round trip included, meets no dead index entries worth avoiding."""
 
@@ -136,7 +139,7 @@ class Looks:
         self.at, self._last, self._before, self.owed = now, now - since, self._last, False
 
     def failed(self, since: float, now: float) -> None:
-        """One was begun then, and nothing came of it: the next one will take as long."""
+        """One was begun then, and was not answered in time: the next one will take as long."""
         self.made(since, now)
         self._before = self._last
 
@@ -146,7 +149,7 @@ class Looks:
 
     @property
     def _due_at(self) -> float:
-        return self.at + max(LOOK_EVERY, self.seconds / LOOK_SHARE)
+        return self.at + min(max(LOOK_EVERY, self.seconds / LOOK_SHARE), LOOK_LATEST)
 
 
 @attrs.define(eq=False)

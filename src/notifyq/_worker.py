@@ -190,8 +190,11 @@ class QueueWorker:
                         due_floor=due_floor,
                         durably=self._durably,
                     )
-            except BaseException:
+            except BaseException as error:
                 self.answer_lost = True
+                # It was not answered in time. What breaks the connection says nothing of looks.
+                if floors is None and isinstance(error, trio.Cancelled):
+                    self.claimer.looks.failed(self.claiming_since, trio.current_time())
                 raise
             finally:
                 self.claiming_since = math.inf

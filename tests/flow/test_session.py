@@ -1038,6 +1038,31 @@ async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(sta
         assert await nq.result(sent) == 1
 
 
+async def test_a_claim_that_broke_off_does_not_put_off_looks(start, nq, monkeypatch):
+    """Half a second of it was no look: a beat or two later the runtime looks, and finds what nobody rang for."""
+    queue = Queue("q", int, int, bell="never")
+    claim = Store.claim
+    broken: list[int] = []
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    async def break_off(self: Store, *args: Any, floors: Any, **options: Any) -> Any:
+        if floors is None and len(broken) < 2:
+            broken.append(1)
+            await trio.sleep(0.5)
+            raise notifyq.ConnectionLost("the server went away")
+        return await claim(self, *args, floors=floors, **options)
+
+    await start(queue, lease=1.0)
+    with trio.fail_after(10):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+        monkeypatch.setattr(Store, "claim", break_off)
+        assert await nq.result(await nq.send(queue, 2, priority=9)) == 2
+    assert len(broken) == 2
+
+
 FORGET = (
     "select notifyq.release(array(select a.job from notifyq.active a), null, a.runtime) from notifyq.active a limit 1"
 )

@@ -53,6 +53,15 @@ LEFT = {
     "slots held": "select count(*) from notifyq.gate where held > 0",
 }
 
+WHERE = """
+select j.id, j.queue, j.state, j.attempt, j.key, j.runtime::text, j.claimed_at::text, r.lease_until::text
+from notifyq.jobs j
+left join notifyq.runtime r on r.id = j.runtime
+where j.state in ('ready', 'scheduled', 'blocked', 'active') and j.queue <> 'dead'
+order by j.id
+limit 5
+"""
+
 
 @attrs.define(eq=False)
 class Scene:
@@ -268,6 +277,7 @@ async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Ver
             producers.stop()
             waiting = await scene.until(WAITING, 0, fault.drain)
             nursery.cancel_scope.cancel()
+        where = await scene.query(WHERE) if waiting else []
         runtimes = await scene.until("select count(*) from notifyq.runtime", HOW_MANY, fault.patience)
         await scene.workers.stop()
     scene.ledger.read()
@@ -275,7 +285,7 @@ async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Ver
     if registered != HOW_MANY:
         verdict.complain(f"{registered} workers registered at the start, not {HOW_MANY}")
     if waiting:
-        verdict.complain(f"{waiting} jobs were not run within {fault.drain:g} s after the load")
+        verdict.complain(f"{waiting} jobs were not run within {fault.drain:g} s after the load, such as {where}")
     if runtimes != HOW_MANY:
         verdict.complain(f"{runtimes} runtimes are registered at the end, not {HOW_MANY}")
     for complaint in (*scene.workers.bad_ends, *fault.expected(scene)):
