@@ -135,13 +135,8 @@ class Looks:
         return self._due_at if self.owed else math.inf
 
     def made(self, since: float, now: float) -> None:
-        """One was begun then, and has ended."""
+        """One was begun then, and has ended, or was not answered in time."""
         self.at, self._last, self._before, self.owed = now, now - since, self._last, False
-
-    def failed(self, since: float, now: float) -> None:
-        """One was begun then, and was not answered in time: the next one will take as long."""
-        self.made(since, now)
-        self._before = self._last
 
     def is_due(self, now: float) -> bool:
         """It is time for another one, though busy."""

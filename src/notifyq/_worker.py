@@ -194,7 +194,7 @@ class QueueWorker:
                 self.answer_lost = True
                 # It was not answered in time. What breaks the connection says nothing of looks.
                 if floors is None and isinstance(error, trio.Cancelled):
-                    self.claimer.looks.failed(self.claiming_since, trio.current_time())
+                    self.claimer.looks.made(self.claiming_since, trio.current_time())
                 raise
             finally:
                 self.claiming_since = math.inf
