@@ -267,7 +267,6 @@ def explore(scene: Scene, rules: Rules) -> tuple[int, list[State]]:
         Scene(1, 2, savepoints=True),
         Scene(1, 2, editor=True),
         Scene(1, 2, many=True, editor=True),
-        pytest.param(Scene(2, 2, many=True), marks=pytest.mark.timeout(300)),
     ],
     ids=str,
 )
