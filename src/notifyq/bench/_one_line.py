@@ -22,4 +22,4 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
         sys.exit(error.exit_code)
     except click.Abort:
         click.echo("Aborted!", err=True)
-        sys.exit(130)
+        sys.exit(1)
