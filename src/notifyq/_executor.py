@@ -23,7 +23,7 @@ from ._verdict import data_invalid, interrupted, judge, judge_batch, timed_out
 from .events import HandlerStuck
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Container, Sequence, Set
+    from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 
     from ._answers import Claimed
     from ._atomic import Atomic
@@ -168,10 +168,10 @@ class Executor:
             if lost is None or any((job.id, job.attempt) in lost for job in run.jobs):
                 self._stop(run, "lost")
 
-    def lose_older(self, job_ids: Set[int]) -> None:
-        """These were claimed here again: whatever runs of them has a claim that a server which crashed forgot."""
-        for job_id in job_ids & self._runs.keys():
-            self._stop(self._runs[job_id], "lost")
+    def lose_older(self, attempts: Mapping[int, int]) -> None:
+        """These, by job, were claimed here again: what runs of them has a claim that a server which crashed forgot."""
+        if again := {(job_id, attempts[job_id]) for job_id in attempts.keys() & self._runs.keys()}:
+            self.abandon(again)
 
     def stop_all(self) -> None:
         """Cancel every handler; their jobs are tried again."""

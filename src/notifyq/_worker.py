@@ -252,7 +252,7 @@ class QueueWorker:
         """What a claim brought, less what was lost or cancelled while it was under way."""
         jobs = haul.jobs
         if jobs:
-            self._lose_older({job.id for job in jobs})
+            self._lose_older({job.id: job.attempt for job in jobs})
         if self._key_limit is not None:
             self._learn_full_keys(jobs, self._key_limit)
         if lease_number == self._lease_number and not self._cancelled:
@@ -266,10 +266,10 @@ class QueueWorker:
                 self._discard(job)
         return Haul([job for job in jobs if job.id not in self._cancelled], haul.left, haul.due_floor)
 
-    def _lose_older(self, job_ids: set[int]) -> None:
-        """Drop or cancel what is here of jobs that were claimed again: a server that crashed forgot the older claim."""
-        self.claimer.drop(job_ids)
-        self.executor.lose_older(job_ids)
+    def _lose_older(self, attempts: dict[int, int]) -> None:
+        """Drop or cancel what is here of attempts that were claimed again: a server that crashed forgot the older claim."""
+        self.claimer.drop(attempts)
+        self.executor.lose_older(attempts)
 
     async def _next_due(self, due_floor: float | None) -> tuple[float | None, float]:
         async with self._turn, self._pool.connection() as connection:
