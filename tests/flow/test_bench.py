@@ -239,7 +239,7 @@ async def test_what_makes_figures_doubtful_is_said_and_they_are_taken(server, co
     kept, repeat, others = (line for line in done.stderr.splitlines() if line.startswith("bench: "))
     assert kept == "bench: --kept and --not-kept are for drain, flows: it changes nothing of enqueue"
     assert repeat == "bench: --repeat 1: the median of so few runs says little, 3 or more show their spread"
-    assert others.endswith("connected to this server: what they do is in the figures")
+    assert others.endswith("other sessions on this server: what they do is in the figures")
 
 
 def test_nothing_is_doubtful_of_what_was_asked_of_all():

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import attrs
-import click
 import psycopg
 import trio
 from rich.console import Console
@@ -21,10 +20,10 @@ from ._options import ALL
 from ._parts import CannotMeasure, Found, Settings
 from ._report import medians
 from ._rules import RULES
-from ._sql import OTHERS, SETTINGS
+from ._sql import MAX_CONNECTIONS, OTHERS, SETTINGS
 from ._steady import STEADY
 
-__all__ = ["measure"]
+__all__ = ["measure", "others_at"]
 
 SPARE = 20
 """Connections that a run takes besides those of its senders, and that a server keeps for superusers."""
@@ -59,7 +58,7 @@ def measure(
     """
     with ExitStack() as stack:
         server = resolve_dsn(dsn) if dsn else stack.enter_context(testing.embedded_server())
-        _look_at(server, names, options["senders"], given=bool(dsn))
+        _check_connections(server, names, options.get("senders", 0))
         own = stack.enter_context(own_database(server))
         plans = []
         for name in names:
@@ -100,17 +99,21 @@ def measure(
     }
 
 
-def _look_at(server: str, names: list[str], senders: int, *, given: bool) -> None:
-    """Refuse a server that has not enough connections; say so if others are at work on it."""
+def others_at(dsn: str) -> int:
+    """How many other sessions a server has: what they do is in the figures."""
+    with psycopg.connect(resolve_dsn(dsn), autocommit=True) as connection:
+        return int((connection.execute(OTHERS).fetchone() or (0,))[0])
+
+
+def _check_connections(server: str, names: list[str], senders: int) -> None:
+    if "senders" not in names:
+        return
     with psycopg.connect(server, autocommit=True) as connection:
-        others, most = connection.execute(OTHERS).fetchone() or (0, 0)
-    if "senders" in names and senders + SPARE > most:
+        most = int((connection.execute(MAX_CONNECTIONS).fetchone() or (0,))[0])
+    if senders + SPARE > most:
         raise CannotMeasure(
             f"--senders {senders}: the server has max_connections of {most}, and {SPARE} are for everything else"
         )
-    if given and others:
-        are = "one other session is" if others == 1 else f"{others} other sessions are"
-        click.echo(f"bench: {are} connected to this server: what they do is in the figures", err=True)
 
 
 def _said(plan: Plan) -> dict[str, Any]:

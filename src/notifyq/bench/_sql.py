@@ -71,9 +71,9 @@ UNFINISHED_BUT_HELD: LiteralString = (
     " or exists (select from notifyq.scheduled) or exists (select from notifyq.blocked where key not like 'held%%')"
 )
 OTHERS: LiteralString = (
-    "select count(*), current_setting('max_connections')::int from pg_stat_activity"
-    " where backend_type = 'client backend' and pid <> pg_backend_pid()"
+    "select count(*) from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()"
 )
+MAX_CONNECTIONS: LiteralString = "select current_setting('max_connections')::int"
 SETTINGS: LiteralString = (
     "select name, setting from pg_settings where name in"
     " ('server_version', 'fsync', 'synchronous_commit', 'shared_buffers', 'max_wal_size', 'wal_compression')"
