@@ -36,7 +36,12 @@ LOG_SHOWN = 4000
 @click.option("--minutes", default=10.0, show_default=True, type=click.FloatRange(0.05), help="Of load, in all.")
 @click.option("--seed", type=int, help="Of an earlier run: the same blows in the same order.")
 @click.option("--rate", default=5000.0, show_default=True, help="Most bulk jobs sent in a second.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
+@click.option(
+    "--json",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write; what it has of faults that are not named stays.",
+)
 @click.option(
     "--write-docs",
     is_flag=True,
@@ -73,11 +78,14 @@ def main(
         command = " ".join(["python -m tests.faults.chaos", *names, f"--minutes {minutes:g} --seed {seed}"])
         head = results.about(seed, minutes, command, trio.run(server_version, template, folder))
         entries: list[dict[str, Any]] = []
+        if names and path is not None and path.exists():  # what is not run now stays
+            head = json.loads(path.read_text(encoding="utf-8"))
+            entries = head.pop("faults")
         for fault, seconds in zip(faults, lengths(faults, minutes * 60), strict=True):
             entry = tried(fault, seconds, seed, folder, template, rate)
             if not keep:
                 shutil.rmtree(folder / fault.name, ignore_errors=True)
-            entries.append(entry)
+            entries = results.replaced(entries, {**entry, "seed": seed})
             bad |= not entry.get("good", "not_tried" in entry)
             if path is not None:
                 results.write(path, head, entries)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cell import Outcome
     from .faults import Fault
 
-__all__ = ["about", "as_entry", "descriptions", "markdown", "put_into", "section", "write"]
+__all__ = ["about", "as_entry", "descriptions", "markdown", "put_into", "replaced", "section", "write"]
 
 BEGIN, END = "<!-- faults -->", "<!-- end of faults -->"
 
@@ -72,6 +72,13 @@ def write(path: Path, head: dict[str, Any], entries: list[dict[str, Any]]) -> No
     part.replace(path)
 
 
+def replaced(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries with this one in the place of the same fault's, or at the end."""
+    if entry["fault"] not in [one["fault"] for one in entries]:
+        return [*entries, entry]
+    return [entry if one["fault"] == entry["fault"] else one for one in entries]
+
+
 def markdown(entries: list[dict[str, Any]]) -> str:
     """The table: fault, how often, jobs, lost, run twice, longest recovery."""
     rows = [
@@ -101,6 +108,13 @@ def section(found: dict[str, Any], results: str) -> str:
     versions = found["versions"]
     taken = ", ".join(f"{name} {versions[name]}" for name in ("postgresql", "python", "psycopg", "trio"))
     head = f"From [`{Path(results).name}`]({results}): seed {found['seed']}, {found['machine']}, {taken}."
+    later = [
+        f"`{one['fault']}` with seed {one['seed']}"
+        for one in found["faults"]
+        if one.get("seed", found["seed"]) != found["seed"]
+    ]
+    if later:
+        head += f"\nRun again later, on what was mended since: {', '.join(later)}."
     return f"{head}\n\n{markdown(found['faults'])}"
 
 
