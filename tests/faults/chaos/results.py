@@ -100,6 +100,9 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     )
     rows += [f"\nNot tried: {entry['fault']}, {entry['not_tried']}." for entry in entries if "not_tried" in entry]
     rows += [f"\nBroke off: {entry['fault']}, {entry['broke_off']}." for entry in entries if "broke_off" in entry]
+    rows += [
+        f"\nNot good: {entry['fault']}: {'; '.join(entry['complaints'])}." for entry in tried if entry.get("complaints")
+    ]
     return "\n".join(rows) + "\n"
 
 
