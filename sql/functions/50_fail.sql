@@ -131,8 +131,9 @@ $$;
 -- with a cancel request ends as cancelled. Returns the ids affected. Locks: active tickets in the
 -- order given, then jobs.
 --
--- as_of: a moment at which the claim that is meant had been made, for each job, or one for all. The next claim has the same attempt and
--- may be the same runtime's: a call that is repeated, or comes through late, must not end that one. Null: whatever claim.
+-- as_of: a moment at which the claim that is meant had been made, for each job; where one is missing, or null, the first
+-- one counts, so that one is enough for all. The next claim has the same attempt and may be the same runtime's: a call that
+-- is repeated, or comes through late, must not end that one. None, or the first one null: whatever claim.
 create or replace function notifyq.snooze(
     jobs bigint[], delays interval[], attempts int[] default null, runtime uuid default null, as_of timestamptz[] default null
 ) returns bigint[]
