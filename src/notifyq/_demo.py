@@ -56,7 +56,7 @@ def main() -> None:
         show(measure(["enqueue", "drain", "latency"], server, 1, **_SHORT))
 
 
-_SHORT = {"jobs": 10_000, "processes": 1, "concurrency": 10, "batch": 1000, "kept": True}
+_SHORT: dict[str, Any] = {"jobs": 10_000, "processes": 1, "concurrency": 10, "batch": 1000, "kept": True}
 
 
 async def _demo(server: str, project: Path, console: Console) -> None:

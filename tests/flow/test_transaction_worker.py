@@ -510,19 +510,20 @@ async def test_a_job_that_waits_for_a_connection_when_the_runtime_stops_is_hande
 
 
 async def test_other_handlers_that_hold_all_connections_spend_no_attempt(start, nq, written):
-    gate = trio.Event()
+    holds, gate = trio.Event(), trio.Event()
     other = Queue("other", int, int)
 
     @other.worker(poll_interval=HOUR)
     async def hold(job: Job[int]) -> int:
         async with job.client.connection():
+            holds.set()
             await gate.wait()
         return job.data
 
     queue = queue_of(write, retry_limit=0)
     seen = await start(queue, other, pool_size=1, connect_timeout=0.2)
     await nq.send(other, 0)
-    await trio.testing.wait_all_tasks_blocked(0.1)
+    await holds.wait()
     sent = await nq.send(queue, 1)
     with trio.fail_after(10):
         while (await nq.get(sent)).state != "ready":  # handed back

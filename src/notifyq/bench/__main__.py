@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from notifyq import NotifyqError
 from notifyq._ctrl_c import every_end_is_ctrl_c
 
-from ._measure import measure, others_at
+from ._measure import measure
 from ._one_line import run
 from ._options import ALL, MAIN, check, doubts
 from ._parts import CannotMeasure
@@ -73,15 +73,11 @@ def main(
     }
     if (wrong := check(names, given)) is not None:
         raise click.UsageError(wrong)
-    for doubt in doubts(names, given):
-        click.echo(f"bench: {doubt}", err=True)
     if plot is not None and not is_installed():
         raise click.UsageError("--plot needs matplotlib: pip install 'notifyq[bench]'")
     try:
         with every_end_is_ctrl_c():
-            if dsn and (others := others_at(dsn)):
-                click.echo(f"bench: {others} other sessions on this server: what they do is in the figures", err=True)
-            report = measure(names, dsn, **options)
+            report = measure(names, dsn, doubts=doubts(names, given), **options)
     except (NotifyqError, CannotMeasure) as error:
         raise click.ClickException(str(error)) from None
     except psycopg.Error as error:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import attrs
+import click
 import psycopg
 import trio
 from rich.console import Console
@@ -23,7 +24,7 @@ from ._rules import RULES
 from ._sql import MAX_CONNECTIONS, OTHERS, SETTINGS
 from ._steady import STEADY
 
-__all__ = ["measure", "others_at"]
+__all__ = ["measure"]
 
 SPARE = 20
 """Connections that a run takes besides those of its senders, and that a server keeps for superusers."""
@@ -50,15 +51,19 @@ def measure(
     warm_up: int | None = 0,
     seconds: float | None = None,
     queues: int | None = None,
+    doubts: list[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Run workloads in a fresh database, interleaved, and report medians with the runs they come from.
 
-    ``None``: as each workload has it. It touches no database that it has not created, and drops those.
+    ``doubts`` are said on stderr, with others at work on a given server, once nothing is refused; None: nothing is said.
+    ``None`` elsewhere: as each workload has it. It touches no database that it has not created, and drops those.
     """
     with ExitStack() as stack:
         server = resolve_dsn(dsn) if dsn else stack.enter_context(testing.embedded_server())
         _check_connections(server, names, options.get("senders", 0))
+        if doubts is not None:
+            _say(doubts, server, given=bool(dsn))
         own = stack.enter_context(own_database(server))
         plans = []
         for name in names:
@@ -99,10 +104,14 @@ def measure(
     }
 
 
-def others_at(dsn: str) -> int:
-    """How many other sessions a server has: what they do is in the figures."""
-    with psycopg.connect(resolve_dsn(dsn), autocommit=True) as connection:
-        return int((connection.execute(OTHERS).fetchone() or (0,))[0])
+def _say(doubts: list[str], server: str, *, given: bool) -> None:
+    """What makes figures doubtful, a line each: also that others are at work on a server that was given."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        others = int((connection.execute(OTHERS).fetchone() or (0,))[0])
+    if given and others:
+        doubts = [*doubts, f"{others} other sessions on this server: what they do is in the figures"]
+    for doubt in doubts:
+        click.echo(f"bench: {doubt}", err=True)
 
 
 def _check_connections(server: str, names: list[str], senders: int) -> None:
