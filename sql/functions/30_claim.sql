@@ -45,7 +45,16 @@ begin
         case when k.turn is not null and q.ageing is null then g.job else notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing) end,
         g.job, g.attempt,
         case when q.fair and g.attempt = 0
-            and not exists (select from notifyq.blocked b where b.queue = g.queue and b.key = coalesce(j.key, '') and b.parents = 0)
+            and not exists (
+                select from notifyq.blocked b
+                where b.queue = g.queue and b.key = coalesce(j.key, '') and b.parents = 0
+                and b.generation = (select notifyq.generation(promote.queue))
+            )
+            and not exists (
+                select from notifyq.blocked b
+                where b.queue = g.queue and b.key = coalesce(j.key, '') and b.parents = 0
+                and b.generation is null
+            )
             then coalesce(j.key, '') end
     from gone g
     cross join lateral (select * from notifyq.job o where o.id = g.job offset 0) j

@@ -105,6 +105,10 @@ set enable_hashjoin = off
 set enable_mergejoin = off
 as $$
 begin
+    if cardinality(lock_gates.jobs) = 0 then
+        -- To the planner an empty array implies whatever a partial index asks for: it may read all of one.
+        return;
+    end if;
     perform notifyq.lock_gate(g.queue)
     from (
         select j.queue
@@ -310,8 +314,24 @@ as $$
         select k.turn, b.priority, b.number
         from (select distinct o.turn from unnest(stand_behind.tickets) o) k
         cross join lateral (
-            select b.priority, b.number from notifyq.blocked b
-            where b.queue = (stand_behind.queue).number and b.key = k.turn and b.parents = 0
+            select b.priority, b.number
+            from (
+                (
+                    select b.priority, b.number from notifyq.blocked b
+                    where b.queue = (stand_behind.queue).number and b.key = k.turn and b.parents = 0
+                    and b.generation = (select notifyq.generation((stand_behind.queue).number))
+                    order by b.priority desc, b.number
+                    limit 1
+                )
+                union all
+                (
+                    select b.priority, b.number from notifyq.blocked b
+                    where b.queue = (stand_behind.queue).number and b.key = k.turn and b.parents = 0
+                    and b.generation is null
+                    order by b.priority desc, b.number
+                    limit 1
+                )
+            ) b
             order by b.priority desc, b.number
             limit 1
         ) b
@@ -452,8 +472,8 @@ begin
         delete from notifyq.ready r
         where r.ctid = any (array(select places[d.place] from decided d where not d.stays))
     ), waiting as (
-        insert into notifyq.blocked (job, number, queue, attempt, priority, key)
-        select d.job, d.number, q.number, d.attempt, d.priority, d.key
+        insert into notifyq.blocked (job, number, queue, attempt, generation, priority, key)
+        select d.job, d.number, q.number, d.attempt, generation_now, d.priority, d.key
         from decided d
         where d.verdict in ('wait', 'rate')
     ), held as (
@@ -552,44 +572,36 @@ declare
     turns text[] := array(select distinct k.key from unnest(take_turns.keys || take_turns.queued_keys) k (key));
     room int := take_turns.room;
     working jsonb := take_turns.at_work;
+    open_keys text[];
+    numbers_open int[];
+    next_jobs bigint[];
     helping record;
     next_start_at timestamptz;
 begin
     started_keys := '{}';
     while room > 0 and cardinality(turns) > 0 loop
-        with picked as (
-            select b.*
-            from unnest(turns) t (key)
-            left join lateral (
-                select o.* from notifyq.key o
-                where o.queue = q.number
-                and o.generation = (select notifyq.generation(q.number))
-                and o.key = t.key
-                offset 0
-            ) k on true
-            cross join lateral (
-                select b.job
-                from notifyq.blocked b
-                where b.queue = q.number
-                and b.key = t.key
-                and b.parents = 0
-                and b.priority between take_turns.low and take_turns.high
-                order by b.priority desc, b.number
-                limit least(
-                    greatest(room / cardinality(turns), 1),
-                    case when q.slots is not null then greatest(q.slots - coalesce(k.held, 0), 0) end,
-                    case when q.key_rate_limit is not null
-                        then greatest(notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment), 0) end,
-                    case when take_turns.key_limit is not null
-                        then greatest(take_turns.key_limit - coalesce((working -> t.key)::int, 0), 0) end
-                )
-                for update skip locked
-            ) b
-            where k.head is null
-            limit room
-        ), gone as (
+        select array_agg(t.key),
+            array_agg(greatest(least(
+                greatest(room / cardinality(turns), 1),
+                q.slots - coalesce(k.held, 0),
+                case when q.key_rate_limit is not null
+                    then notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) end,
+                take_turns.key_limit - coalesce((working -> t.key)::int, 0)
+            ), 0))
+        into open_keys, numbers_open
+        from unnest(turns) t (key)
+        left join lateral (
+            select o.* from notifyq.key o
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number))
+            and o.key = t.key
+            offset 0
+        ) k on true
+        where k.head is null;
+        next_jobs := (notifyq.next_blocked(q, open_keys, numbers_open, take_turns.low, take_turns.high))[1:room];
+        with gone as (
             delete from notifyq.blocked b
-            where b.job = any (array(select p.job from picked p))
+            where b.job = any (next_jobs)
             returning b.*
         ), judged as materialized (
             select g.*, g.attempt = 0 and (j.expires_at <= take_turns.moment) is true as late
@@ -652,8 +664,8 @@ begin
         ) k on true
         where notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) > 0
     ));
-    with rested as materialized (
-        select k.key, o.job, notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment) as due_at
+    turns := array(
+        select k.key
         from unnest(turns) t (key)
         cross join lateral (
             select o.* from notifyq.key o
@@ -662,16 +674,6 @@ begin
             and o.key = t.key
             offset 0
         ) k
-        cross join lateral (
-            select b.job
-            from notifyq.blocked b
-            where b.queue = q.number
-            and b.key = k.key
-            and b.parents = 0
-            order by b.priority desc, b.number
-            limit 1
-            for update skip locked
-        ) o
         where not exists (
             -- What waits longer than that, for another attempt, say, is not what the others wait for.
             select from notifyq.scheduled s
@@ -679,20 +681,31 @@ begin
             and s.due_at <= notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment)
         )
         and notifyq.rate_room(k.starts, k.counts, q.key_rate_limit, q.key_rate_period, take_turns.moment) <= 0
+    );
+    next_jobs := notifyq.next_blocked(q, turns, array_fill(1, array[cardinality(turns)]));
+    with gone as (
+        delete from notifyq.blocked b
+        where b.job = any (next_jobs)
+        returning b.job, b.attempt, b.key
+    ), rested as materialized (
+        select g.*, notifyq.rate_next(k.starts, q.key_rate_period, take_turns.moment) as due_at
+        from gone g
+        cross join lateral (
+            select o.starts from notifyq.key o
+            where o.queue = q.number
+            and o.generation = (select notifyq.generation(q.number))
+            and o.key = g.key
+            offset 0
+        ) k
     ), turn as (
         insert into notifyq.key (queue, generation, key, turn)
         select q.number, (select notifyq.generation(q.number)), r.key, r.job
         from rested r
         on conflict on constraint key_pkey do update set turn = excluded.turn
-    ), gone as (
-        delete from notifyq.blocked b
-        where b.job = any (array(select r.job from rested r))
-        returning b.job, b.queue, b.attempt
     ), later as (
         insert into notifyq.scheduled (job, queue, attempt, due_at)
-        select n.job, n.queue, n.attempt, r.due_at
-        from gone n
-        join rested r on r.job = n.job
+        select r.job, q.number, r.attempt, r.due_at
+        from rested r
         returning due_at
     )
     select min(l.due_at) into next_start_at from later l;
@@ -700,6 +713,68 @@ begin
         -- The trigger does not ring for who claims on the very session that stands free: it finds nobody else.
         perform pg_notify(notifyq.channel(q.number), 'd:' || extract(epoch from next_start_at));
     end if;
+end
+$$;
+
+-- Locks the next blocked tickets of keys, up to numbers[i] of keys[i], and says which they are: key by key, in order.
+-- Call with the gate locked, and under settings like advance()'s, which it does not make anew.
+create or replace function notifyq.next_blocked(
+    queue notifyq.queue,
+    keys text[],
+    numbers int[],
+    low int default -32768,
+    high int default 32767
+) returns bigint[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    q constant notifyq.queue := next_blocked.queue;
+    -- As generation() says, which costs more.
+    generation_now constant int := (select g.generation from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1);
+    read bigint := pg_stat_get_xact_tuples_returned('notifyq.blocked_key'::regclass);
+    jobs bigint[];
+begin
+    select array_agg(b.job order by k.place, b.priority desc, b.number) into jobs
+    from unnest(next_blocked.keys, next_blocked.numbers) with ordinality k (key, number, place)
+    cross join lateral (
+        select o.*
+        from (
+            select * from (
+                select b.job, b.priority, b.number
+                from notifyq.blocked b
+                where b.queue = q.number
+                and b.generation = generation_now
+                and b.key = k.key
+                and b.parents = 0
+                and b.priority between next_blocked.low and next_blocked.high
+                order by b.priority desc, b.number
+                limit k.number
+                for update skip locked
+            ) g
+            union all
+            -- Put there by sends, some of which may be under way.
+            select * from (
+                select b.job, b.priority, b.number
+                from notifyq.blocked b
+                where b.queue = q.number
+                and b.generation is null
+                and b.key = k.key
+                and b.parents = 0
+                and b.priority between next_blocked.low and next_blocked.high
+                order by b.priority desc, b.number
+                limit k.number
+                for update skip locked
+            ) s
+        ) o
+        order by o.priority desc, o.number
+        limit k.number
+    ) b;
+    read := pg_stat_get_xact_tuples_returned('notifyq.blocked_key'::regclass) - read - coalesce(cardinality(jobs), 0);
+    if read > 16 * cardinality(next_blocked.keys) then
+        perform notifyq.renew_worn_keys(q, read, cardinality(next_blocked.keys));
+    end if;
+    return coalesce(jobs, '{}');
 end
 $$;
 
@@ -716,27 +791,20 @@ set enable_mergejoin = off
 as $$
 declare
     q constant notifyq.queue := advance.queue;
+    next_jobs bigint[];
     rings text[];
 begin
     if cardinality(advance.keys) = 0 then
         return;
     end if;
-    with picked as (
-        select b.job
-        from (select u.key, count(*) as number from unnest(advance.keys) u (key) group by u.key order by u.key) k
-        cross join lateral (
-            select b.job
-            from notifyq.blocked b
-            where b.queue = q.number
-            and b.key = k.key
-            and b.parents = 0
-            order by b.priority desc, b.number
-            limit k.number
-            for update skip locked
-        ) b
-    ), gone as (
+    select notifyq.next_blocked(q, array_agg(k.key order by k.key), array_agg(k.number order by k.key)) into next_jobs
+    from (select u.key, count(*)::int as number from unnest(advance.keys) u (key) group by u.key) k;
+    if next_jobs = '{}' then
+        return;
+    end if;
+    with gone as (
         delete from notifyq.blocked b
-        where b.job = any (array(select p.job from picked p))
+        where b.job = any (next_jobs)
         returning b.job, b.number, b.attempt, b.priority
     ), back as (
         insert into notifyq.ready (queue, priority, number, job, attempt)
@@ -836,25 +904,25 @@ begin
     on conflict on constraint key_pkey do update set held = greatest(key.held + excluded.held, 0), head = null;
     get diagnostics changed = row_count;
     read := pg_stat_get_xact_tuples_returned('notifyq.key_pkey'::regclass) - read;
-    perform notifyq.advance(free_keys.queue, free_keys.keys);
     delete from notifyq.key k
     where k.queue = q.number
     and k.generation = generation_now
     and k.key = any (free_keys.keys)
     and k.held <= 0
     and k.starts is null;
+    perform notifyq.advance(q, free_keys.keys);
     if read > 16 * changed then
         perform notifyq.renew_worn_keys(q, read, changed);
     end if;
 end
 $$;
 
--- Renews the keys of a queue where that pays: looking up so many keys, each of which has one row, has read so many entries of
--- their index. Call it if they are more than 16 a key: so many there are only where dead rows may not go, since a snapshot is held
+-- Renews the keys of a queue where that pays: looking up so many keys, each of which has one row, or what is blocked behind
+-- each, has read so many entries of their index, but for those that were found. Call it if they are more than 16 a key: so many there are only where dead rows may not go, since a snapshot is held
 -- open. Counted by the server itself; it never counts where track_counts is off.
 --
 -- What was read for nothing since the last time grows with the square of this; it pays when that is more than the work of
--- moving the keys: all of them, however few are looked up at a time.
+-- moving all of them, however few are looked up at a time.
 create or replace function notifyq.renew_worn_keys(queue notifyq.queue, read bigint, keys int) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -866,7 +934,7 @@ declare
     q constant notifyq.queue := renew_worn_keys.queue;
     effort constant float8 := renew_worn_keys.read::float8 ^ 2 / 100 / greatest(renew_worn_keys.keys, 1);
 begin
-    if effort > (select g.keys from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1)
+    if effort > (select g.moved from notifyq.gate g where g.queue = q.number order by g.generation desc limit 1)
         -- In an old snapshot keys that are new could not be seen, and would stay behind.
         and current_setting('transaction_isolation') = 'read committed'
     then
@@ -875,8 +943,8 @@ begin
 end
 $$;
 
--- Moves all keys of a queue to the next generation, where no look meets what is dead of the one before. Call with the gate
--- locked. Not where there are so many that everybody would wait for it; then it is thought of again when it would pay
+-- Moves all keys of a queue, and what the gate has blocked behind them, to the next generation, where no look meets what is
+-- dead of the one before. Call with the gate locked. Not where there are so many that everybody would wait for it; then it is thought of again when it would pay
 -- for four times as many.
 create or replace function notifyq.renew_keys(queue notifyq.queue) returns void
 language plpgsql
@@ -893,20 +961,41 @@ declare
         select count(*)
         from (select from notifyq.key k where k.queue = q.number and k.generation = generation_now limit most + 1) k
     );
+    number_blocked int := (
+        select count(*)
+        from (
+            select from notifyq.blocked b
+            where b.queue = q.number and b.generation = generation_now and b.parents = 0
+            limit most + 1
+        ) b
+    );
+    jobs bigint[];
 begin
-    if number > most then
+    if number + number_blocked > most then
         update notifyq.gate g
-        set keys = least(greatest(g.keys, most) * 4, 1000000)
+        set moved = least(greatest(g.moved, most) * 4, 1000000)
         where g.queue = q.number
         and g.generation = generation_now;
         return;
     end if;
+    jobs := array(
+        select b.job from notifyq.blocked b
+        where b.queue = q.number and b.generation = generation_now and b.parents = 0
+        for update skip locked
+    );
+    if cardinality(jobs) < number_blocked then
+        -- Who has locked one of them, which may be done without the gate, may wait for the gate next.
+        return;
+    end if;
+    update notifyq.blocked b
+    set generation = b.generation + 1
+    where b.job = any (jobs);
     update notifyq.key k
     set generation = k.generation + 1
     where k.queue = q.number
     and k.generation = generation_now;
     update notifyq.gate g
-    set generation = g.generation + 1, keys = number
+    set generation = g.generation + 1, moved = number + number_blocked
     where g.queue = q.number
     and g.generation = generation_now;
 end

@@ -50,6 +50,9 @@ declare
     blocked notifyq.active[];
     more notifyq.active[];
 begin
+    if cardinality(leave_waiting.jobs) = 0 then
+        return; -- as lock_gates() says
+    end if;
     with ticket as (
         delete from notifyq.scheduled s
         where s.job = any (leave_waiting.jobs)

@@ -30,6 +30,9 @@ begin
         )
         limit expire.how_many
     );
+    if late = '{}' then
+        return 0;
+    end if;
     perform notifyq.lock_gates(late);
     -- While the gates were waited for, one may have ended and been taken back, with no time to start by.
     late := array(select j.id from notifyq.job j where j.id = any (late) and j.expires_at <= moment);

@@ -113,7 +113,8 @@ create table notifyq.scheduled (
 -- promote(): what is due in one queue, in its order, and when the next one is.
 create index scheduled_due on notifyq.scheduled (queue, due_at, job);
 
--- What may not start yet. parents counts those it waits for; with none left it waits for its key.
+-- What may not start yet. parents counts those it waits for; with none left it waits for its key. generation is that of
+-- its queue's keys, see renew_keys(); null: put here by a send, which does not lock the gate.
 create table notifyq.blocked (
     job bigint primary key,
     number bigint not null,
@@ -121,12 +122,14 @@ create table notifyq.blocked (
     queue int not null,
     attempt int not null default 0,
     parents int not null default 0,
+    generation int,
     priority smallint not null,
     key text not null,
     on_failure text not null default 'cancel' check (on_failure in ('cancel', 'run', 'wait'))
 ) with (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 -- advance(): the next ones of a key.
-create index blocked_key on notifyq.blocked (queue, key, priority desc, number) where parents = 0;
+create index blocked_key on notifyq.blocked (queue, generation, key, priority desc, number) where parents = 0 and generation is not null;
+create index blocked_sent on notifyq.blocked (queue, key, priority desc, number) where parents = 0 and generation is null;
 
 -- runtime is null for a claim by hand; then only the deadline protects it. key is null where the
 -- queue has no gate.
@@ -150,8 +153,8 @@ create index active_cancel on notifyq.active (runtime) where cancel_requested_at
 create index active_key on notifyq.active (queue, key) where key is not null;
 
 -- One row a gated queue. Claims lock it, and what frees a key: there is one at a time. Starts are counted
--- by hundredths of the period, see rate_room(). generation: that of the queue's keys, see renew_keys(); keys: how many
--- there were when it began, or what must be gained before so many are moved. The row is looked up from the highest generation down: those of before are dead.
+-- by hundredths of the period, see rate_room(). generation: that of the queue's keys and of what is
+-- blocked behind them, see renew_keys(); moved: how many rows it began with, or what must be gained before so many are moved. The row is looked up from the highest generation down: those of before are dead.
 create table notifyq.gate (
     queue int not null,
     generation int not null default 0,
@@ -159,7 +162,7 @@ create table notifyq.gate (
     next_start_at timestamptz,
     starts bigint[],
     counts int[],
-    keys int not null default 0,
+    moved int not null default 0,
     primary key (queue, generation)
 ) with (fillfactor = 50);
 

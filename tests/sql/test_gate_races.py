@@ -171,6 +171,11 @@ STRAY_KEYS = """
     from notifyq.key k
     where k.generation is distinct from (select g.generation from notifyq.gate g where g.queue = k.queue)
 """
+STRAY_BLOCKED = """
+    select b.queue, b.job, b.generation
+    from notifyq.blocked b
+    where b.generation <> coalesce((select g.generation from notifyq.gate g where g.queue = b.queue), -1)
+"""
 MISCOUNTED_GATES = """
     select q.name, g.held
     from notifyq.gate g join notifyq.queue q on q.number = g.queue
@@ -200,6 +205,7 @@ def books(ask):
             IDLE_KEYS,
             MISCOUNTED_KEYS,
             STRAY_KEYS,
+            STRAY_BLOCKED,
             MISCOUNTED_GATES,
             MISCOUNTED_PARENTS,
             LEAKED_RESERVATIONS,
@@ -1311,6 +1317,19 @@ async def test_who_has_waited_while_keys_were_renewed_finds_them(
 
 
 @either_end
+@pytest.mark.parametrize("rule", [{"key_limit": 1}, {"fair": True}, {"key_rate_limit": 9, "key_rate_period": 60}])
+async def test_what_a_send_under_way_blocks_is_found_after_a_renewal(ask, race, queue, send, claim, well, rule, commit):
+    await queue(**rule)
+    await send("a")
+    started = await claim(1)
+    sends = "select id from notifyq.send_many('q', '" + json.dumps([{"key": "a"}] * 4) + "')"
+    await race(sends, RENEW, commit=commit, waits=False)
+    assert await ask("select generation from notifyq.gate") == [(1,)]
+    await ask(complete(*started))
+    assert len(await well()) == 4 * commit
+
+
+@either_end
 async def test_a_renewal_waits_for_a_claim_and_moves_what_it_started(ask, race, queue, send, claim, well, commit):
     await queue(key_limit=2)
     jobs = await send(*"aaab")
@@ -1325,7 +1344,7 @@ async def test_claimers_and_completers_of_few_keys_under_a_snapshot_keep_to_the_
     ask, connection, other, third, nursery, queue, send, well
 ):
     await queue(key_limit=2)
-    await ask("select notifyq.send('q', key => (i % 3)::text) from generate_series(1, 600) i")
+    await ask("select notifyq.send('q', key => (i % 3)::text) from generate_series(1, 30) i")
     await rows(third, "begin isolation level repeatable read")
     await rows(third, "select from notifyq.queue")
     work = """
@@ -1335,6 +1354,8 @@ async def test_claimers_and_completers_of_few_keys_under_a_snapshot_keep_to_the_
             most bigint;
         begin
             for i in 1..100 loop
+                perform notifyq.send('q', key => ((i + s) % 3)::text) from generate_series(0, 1) s;
+                commit;
                 started := array(select id from notifyq.claim('q', 2));
                 commit;
                 select max(k.number) into most from (select count(*) as number from notifyq.active group by key) k;

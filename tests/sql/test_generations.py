@@ -32,6 +32,7 @@ RULES = [
 ]
 RENEW = "select notifyq.lock_gate(q.number), notifyq.renew_keys(q) from notifyq.queue q where q.name = %s"
 GENERATION = "select generation from notifyq.gate"
+BLOCKED = "select job, number, queue, attempt, priority, key from notifyq.blocked order by job"
 KEYS = "select key, held, head, turn, starts, counts from notifyq.key order by queue, key"
 
 
@@ -152,15 +153,17 @@ async def test_keys_are_what_they_were_when_they_are_renewed(ask):
     await ask("""select notifyq.create_queue('other', '{"key_limit": 1}')""")
     await ask("select notifyq.send(q, key => k) from unnest('{q,other}'::text[]) q, unnest('{a,a,b,c}'::text[]) k")
     await ask("select notifyq.claim(q, 9) from unnest('{q,other}'::text[]) q")
-    keys = await ask(KEYS)
+    keys, blocked = await ask(KEYS), await ask(BLOCKED)
     assert len(keys) == 6
+    assert len(blocked) == 2
     await ask(RENEW, "q")
-    assert await ask(KEYS) == keys
+    assert (await ask(KEYS), await ask(BLOCKED)) == (keys, blocked)
     generations = (
-        "select distinct q.name, g.generation, k.generation, g.keys from notifyq.queue q"
-        " join notifyq.gate g on g.queue = q.number join notifyq.key k on k.queue = q.number order by 1"
+        "select distinct q.name, g.generation, k.generation, b.generation, g.moved from notifyq.queue q"
+        " join notifyq.gate g on g.queue = q.number join notifyq.key k on k.queue = q.number"
+        " join notifyq.blocked b on b.queue = q.number order by 1"
     )
-    assert await ask(generations) == [("other", 0, 0, 0), ("q", 1, 1, 3)]
+    assert await ask(generations) == [("other", 0, 0, 0, 0), ("q", 1, 1, 1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,18 @@ async def test_dead_rows_of_keys_are_not_read_again_and_again(ask, snapshot, pag
     assert await pages() < 40
 
 
+@pytest.mark.parametrize("call", ["lock_gates('{}')", "leave_waiting('{}')", "expire()"])
+async def test_what_is_done_about_no_job_reads_none(ask, snapshot, call):
+    """The smallest index of all jobs, whatever it is of, would be read: see lock_gates()."""
+    await ask("select notifyq.create_queue('q')")
+    await ask("select notifyq.send('q', key => 'k') from generate_series(1, 3000)")
+    await ask("select notifyq.complete(array(select id from notifyq.claim('q', 3000)))")
+    await ask("analyze notifyq.job")
+    for _ in range(2):  # the first time looks at what the catalogue says, too
+        [(plan,)] = await ask(f"explain (analyze, buffers, format json) select notifyq.{call}")
+    assert plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"] < 20
+
+
 async def test_keys_that_can_be_vacuumed_are_not_renewed(ask):
     await ask("""select notifyq.create_queue('q', '{"key_limit": 1}')""")
     await ask(starts_and_ends(150, jobs=2))
@@ -192,7 +207,7 @@ async def test_one_busy_key_among_many_has_them_renewed_more_rarely(ask, snapsho
     await ask("select notifyq.send('q', key => 'idle ' || k) from generate_series(1, 2000) k")
     await ask("select count(*) from notifyq.claim('q', 2000)")
     await ask(starts_and_ends(100))
-    assert await ask("select generation, keys from notifyq.gate") == [(1, 2000)]
+    assert await ask("select generation, moved from notifyq.gate") == [(1, 2000)]
 
 
 async def test_too_many_keys_are_left_where_they_are(ask):
@@ -202,11 +217,82 @@ async def test_too_many_keys_are_left_where_they_are(ask):
         "insert into notifyq.key (queue, key, held) select q.number, i, 1 from notifyq.queue q, generate_series(1, 10001) i"
     )
     await ask(RENEW, "q")
-    assert await ask("select generation, keys from notifyq.gate") == [(0, 40_000)]
+    assert await ask("select generation, moved from notifyq.gate") == [(0, 40_000)]
     assert await ask("select distinct generation from notifyq.key") == [(0,)]
     await ask("delete from notifyq.key where key = '1'")
     await ask(RENEW, "q")
-    assert await ask("select generation, keys from notifyq.gate") == [(1, 10_000)]
+    assert await ask("select generation, moved from notifyq.gate") == [(1, 10_000)]
+
+
+async def test_too_much_that_is_blocked_is_left_where_it_is(ask):
+    await ask("""select notifyq.create_queue('q', '{"key_limit": 1}')""")
+    await ask("select notifyq.send('q', key => 'a') from generate_series(1, 10001) i")
+    while await ask("select notifyq.claim('q', 2000)"):
+        pass
+    assert await ask("select count(*) from notifyq.blocked where generation = 0") == [(10_000,)]
+    await ask(RENEW, "q")
+    assert await ask("select generation, moved from notifyq.gate") == [(0, 40_000)]
+    assert await ask("select distinct generation from notifyq.blocked") == [(0,)]
+    await ask("select notifyq.cancel(job) from (select job from notifyq.blocked limit 1) b")
+    await ask(RENEW, "q")
+    assert await ask("select generation, moved from notifyq.gate") == [(1, 10_000)]
+
+
+async def test_what_is_blocked_and_locked_by_somebody_is_not_waited_for_but_keeps_all_where_it_is(ask, other):
+    await ask("""select notifyq.create_queue('q', '{"key_limit": 1}')""")
+    await ask("select notifyq.send('q', key => 'a') from generate_series(1, 3) i")
+    await ask("select notifyq.claim('q', 3)")
+    async with other.transaction():
+        await other.execute(b"select from notifyq.blocked order by job limit 1 for update")
+        await ask("set lock_timeout = '5 s'")
+        await ask(RENEW, "q")
+    assert await ask("select g.generation, b.generation from notifyq.gate g, notifyq.blocked b") == [(0, 0)] * 2
+    await ask(RENEW, "q")
+    assert await ask("select g.generation, b.generation from notifyq.gate g, notifyq.blocked b") == [(1, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"key_limit": 1},
+        {"fair": True, "key_limit": 1},
+        {"fair": True, "key_rate_limit": 10_000, "key_rate_period": 3600},
+    ],
+    ids=["key_limit", "fair", "rate"],
+)
+async def test_what_was_blocked_is_not_read_again_and_again(ask, snapshot, rules):
+    """Each round blocks two of three jobs of a key."""
+    await ask("select notifyq.create_queue('q', %s)", json.dumps(rules))
+    await ask(
+        """
+        do $$
+        declare
+            started bigint[];
+        begin
+            for i in 1..150 loop
+                perform notifyq.send('q', key => 'a') from generate_series(1, 3);
+                commit;
+                loop
+                    started := array(select id from notifyq.claim('q', 1));
+                    commit;
+                    exit when started = '{}';
+                    perform notifyq.claim('q', 2);
+                    perform notifyq.complete(started);
+                    commit;
+                end loop;
+            end loop;
+        end
+        $$
+        """
+    )
+    [(generation,)] = await ask(GENERATION)
+    assert 0 < generation <= 100
+    [(plan,)] = await ask(
+        "explain (analyze, buffers, format json) select from notifyq.blocked b, notifyq.gate g, notifyq.queue q"
+        " where q.name = 'q' and g.queue = q.number and b.queue = g.queue and b.key = 'a' and b.parents = 0"
+        f" and b.generation = ({GENERATION})"
+    )
+    assert plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"] < 40
 
 
 async def test_an_old_snapshot_renews_no_keys_since_it_could_not_see_all(ask, snapshot, other):
