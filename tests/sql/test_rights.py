@@ -100,7 +100,7 @@ OWNERS = """
     parents_ended promote put_schedule queue_name queue_option_names rate_add rate_next rate_room recover redrivable
     refuse_claim refuse_time release_heads renew_keys renew_worn_keys reserve revive revoke_role rights ring_look
     ring_ready ring_scheduled send_each send_one sift somebody_may_come somebody_stands_far stand_behind take_ready
-    take_turns tell_queues tell_runtimes unreserve with_options
+    take_turns tell_queues tell_runtimes try_lock_gates unreserve with_options
 """
 
 VIEWS = {
