@@ -996,7 +996,7 @@ async def test_a_runtime_that_was_rescued_in_part_learns_that_its_lease_is_lost(
             assert await rows(other, BEAT) == [(False,)]
             with pytest.raises(psycopg.DatabaseError, match="no live lease"):
                 await rows(other, f"select id from notifyq.claim('plain', 1, '{RUNTIME}')")
-            await rows(other, f"select notifyq.register('{RUNTIME}', '{{*}}')")  # as a runtime does then
+            await rows(other, f"select notifyq.register('{RUNTIME}', '{{*}}')")
             assert await rows(other, BEAT) == [(True,)]
             assert await rows(other, f"select job from notifyq.held('{RUNTIME}')") == [(behind,)]
     assert await ask(RESCUE) == []
