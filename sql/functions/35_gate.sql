@@ -125,6 +125,31 @@ begin
 end
 $$;
 
+-- The same for those who may come again: locks the gates of these queues, and gives those of them whose gates are in use.
+--
+-- A transaction that hangs keeps its gate, so nothing is waited for while another gate is locked; but the first one for a
+-- moment, or nobody would get at the gate of a busy queue, which is always in use. As nobody waits for long, the order is any.
+create or replace function notifyq.try_lock_gates(queues int[]) returns int[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '250ms'
+as $$
+declare
+    queue int;
+    in_use int[] := '{}';
+begin
+    for queue in select g.queue from unnest(try_lock_gates.queues) g (queue) order by random() loop
+        begin
+            perform notifyq.lock_gate(queue);
+        exception when lock_not_available then
+            in_use := in_use || queue;
+        end;
+        perform set_config('lock_timeout', '1ms', true);
+    end loop;
+    return in_use;
+end
+$$;
+
 -- Takes up to how_many tickets that may start, of priorities from low to high, out of ready, or blocked,
 -- in order; claim() makes them active. Among them are those that have expired at this moment: they hold
 -- no slot, and claim() has them leave the line.

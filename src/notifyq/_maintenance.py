@@ -32,9 +32,9 @@ FIRST = (1.0, 5.0)
 urgent (claims refuse what has expired, rescues come at their moment), and a round's five statements and the beats must stay
 under one in 5 s."""
 
-REST = 0.25
-"""Seconds after a rescue until the next of the same: it stepped over a runtime's row that is in use, or that somebody else
-rescues. Only the beat that follows it comes so soon."""
+AGAIN = (0.5, 1.0)
+"""Seconds after a rescue until the next of the same, if it left something: it stepped over a runtime's row that is in use,
+or that somebody else rescues, or over jobs of a queue whose gate is in use. Evenly spread, as a fleet's should not meet."""
 
 BATCH = 1000
 """What expire() and purge() do at a time: see ``sql/functions/80_maintain.sql``."""
@@ -53,6 +53,7 @@ class Maintenance:
         self._look_at = math.inf
         self._rescue_at = math.inf
         self._rescued_at = -math.inf
+        self._again_at = -math.inf
         self._sleep = trio.CancelScope()
 
     def lapses_in(self, seconds: float | None) -> None:
@@ -65,8 +66,10 @@ class Maintenance:
         self._look_at = self._rescue_at = math.inf
         if seconds is not None and seconds > 0:
             self._look_at = now + seconds
-        elif seconds is not None and (now + seconds > self._rescued_at or now > self._rescued_at + REST):
+        elif seconds is not None and now + seconds > self._rescued_at:
             self._rescue_at = now
+        elif seconds is not None:  # the last rescue has left it
+            self._rescue_at = max(now, self._again_at)
         self._sleep.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -119,7 +122,11 @@ class Maintenance:
     async def _rescue(self) -> None:
         self._rescue_at = math.inf
         self._rescued_at = trio.current_time()
-        async with self._pool.connection() as connection:
-            rescued = await self._store.rescue(connection)
+        self._again_at = math.inf  # until it is known how long it takes
+        try:
+            async with self._pool.connection() as connection:
+                rescued = await self._store.rescue(connection)
+        finally:
+            self._again_at = trio.current_time() + self._random.uniform(*AGAIN)
         if rescued:
             self._events.emit(JobsRescued(tuple(rescued)))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections import Counter
@@ -28,7 +29,8 @@ from tests.faults.chaos.ledger import Incident, Ledger, Pen, Run, Send
 from tests.faults.chaos.results import markdown
 from tests.faults.chaos.servers import Server, binary_version, make_template
 from tests.faults.chaos.sessions import lock_purposes
-from tests.faults.chaos.verdict import Found, Verdict, judge, recoveries
+from tests.faults.chaos.verdict import Found, Verdict, judge, recoveries, unexcused_restarts
+from tests.faults.chaos.workers import HOW_MANY, Restart, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,6 +224,84 @@ async def test_what_must_not_be_is_noticed(folder, template):
     assert "temporary files of the server are left: pgsql_tmp1.0" in told
     assert "1 processes are left: sleep 600" in told
     assert not verdict.good
+
+
+BROKE = "notifyq: the connection to the server broke: it was"
+WRAPPED = """
+case $CHAOS_LEDGER in
+    *-1) {}; exit {};;
+    *) exec sleep 600;;
+esac
+"""
+
+
+async def until_gone(workers: Workers) -> None:
+    with trio.fail_after(20):
+        while workers.all[0].process.poll() is None:
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize(
+    "words",
+    [
+        BROKE,
+        "notifyq: cannot reach the server within 10 s: it was",
+        "notifyq: a queue's option is wrong",
+        "INFO notifyq: runtime 1 serves bulk\n" + BROKE,
+        BROKE + "\nTraceback (most recent call last):",
+        "",
+    ],
+)
+async def test_only_a_worker_whose_connection_broke_while_it_started_is_started_again(tmp_path, nursery, words, code):
+    restarted = code == 1 and words.startswith("notifyq: ") and "\n" not in words and "option" not in words
+    script = WRAPPED.format("; ".join(f'echo "{line}" >&2' for line in words.splitlines()) or "true", code)
+    workers = Workers(tmp_path, {}, ("sh", "-c", script))
+    workers.start()
+    try:
+        nursery.start_soon(workers.keep_up)
+        await until_gone(workers)
+        await trio.sleep(1)
+        assert [worker.name for worker in workers.all] == (["4", "2", "3"] if restarted else ["1", "2", "3"])
+        assert [worker.process.poll() for worker in workers.all] == [None if restarted else code, None, None]
+        await workers.stop()
+        assert [(one.name, one.words) for one in workers.restarts] == ([("1", words)] if restarted else [])
+        assert workers.bad_ends == ([] if restarted else [f"worker 1 ended with {code}"])
+        assert workers.log() == (f"{words}\n" if words else "")
+    finally:
+        workers.kill()
+
+
+async def test_a_worker_that_could_not_start_before_it_was_to_be_ended_is_started_again_once(tmp_path, nursery):
+    workers = Workers(tmp_path, {}, ("sh", "-c", WRAPPED.format(f'echo "{BROKE}" >&2', 1)))
+    workers.start()
+    try:
+        await until_gone(workers)
+        await workers.end(workers.all[0], signal.SIGKILL)
+        nursery.start_soon(workers.keep_up)
+        await trio.sleep(1)
+        assert [worker.name for worker in workers.all] == ["4", "2", "3"]
+        await workers.stop()
+        assert (len(workers.all), len(workers.restarts), workers.bad_ends) == (HOW_MANY, 1, [])
+    finally:
+        workers.kill()
+
+
+@pytest.mark.parametrize(
+    ("incident", "excused"),
+    [
+        (None, False),
+        (Incident("crash", 9.0, 9.5), True),
+        (Incident("crash", 10.5, 12.0), True),
+        (Incident("crash", 7.0, 8.5), False),
+        (Incident("crash", 12.0, 12.5), False),
+        (Incident("kill", 10.0, 11.0, process="1"), False),
+        (Incident("clock", 10.0, 11.0, excuses=False), False),
+    ],
+)
+def test_a_start_that_failed_while_nothing_was_broken_is_a_complaint(incident, excused):
+    complaints = [*unexcused_restarts([Restart("4", 10.0, 11.0, BROKE)], [incident] if incident else [])]
+    assert len(complaints) == (not excused)
 
 
 def test_in_ten_minutes_a_transaction_is_left_open_for_three():

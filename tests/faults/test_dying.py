@@ -17,7 +17,7 @@ import notifyq
 from notifyq import Job, Queue, events, testing
 from notifyq._store import Store
 from tests.faults.chaos.servers import binaries
-from tests.faults.test_cancelled import OTHERS, value
+from tests.faults.test_cancelled import OTHERS, value, wait_none
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,6 +166,60 @@ async def test_each_of_several_dead_is_rescued_when_its_own_lease_lapses(start, 
         assert [await nq.result(job) for job in jobs] == [2, 2]
     assert len(seen.of(events.JobsRescued)) == 2
     assert len(await nq.runtimes()) == 1
+
+
+async def test_what_is_behind_a_gate_in_use_is_rescued_soon_after_and_all_else_at_once(
+    start, nq, connection, monkeypatch
+):
+    monkeypatch.setattr("notifyq._maintenance.FIRST", (60.0, 60.0))
+    plain, keyed = Queue("q", int, int, retry_limit=1), Queue("keyed", int, int, retry_limit=1, key_limit=1)
+    plain.worker(lambda job: job.attempt)
+    running, most = 0, 0
+
+    @keyed.worker(concurrency=5)
+    async def work(job: Job[int]) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await trio.sleep(0.02)
+        running -= 1
+        return job.attempt
+
+    await nq.create_queue(plain)
+    await nq.create_queue(keyed)
+    first = await nq.send(plain, 1)
+    behind = [await nq.send(keyed, number, key="k") for number in range(4)]
+    await dead(connection, 0.5, 1)
+    await connection.execute("select notifyq.claim('keyed', 1, id) from notifyq.runtime")
+    rescues = 0
+    rescue = Store.rescue
+
+    async def counted(*arguments: Any) -> list[int]:
+        nonlocal rescues
+        rescues += 1
+        return await rescue(*arguments)
+
+    monkeypatch.setattr(Store, "rescue", counted)
+    with trio.fail_after(20):
+        async with connection.transaction():
+            await connection.execute("select notifyq.lock_gate(number) from notifyq.queue where name = 'keyed'")
+            seen = await start(plain, keyed, lease=HOUR)  # its next beat is half an hour away
+            assert await nq.result(first) == 2
+            assert seen.of(events.JobsRescued)[0].job_ids == (first.id,)
+            rescues = 0
+            await trio.sleep(2)
+            assert 1 <= rescues <= 4
+            assert len(seen.of(events.JobsRescued)) == 1
+        with trio.fail_after(3):
+            await seen.wait(events.JobsRescued, 2)
+        assert seen.of(events.JobsRescued)[1].job_ids == (behind[0].id,)
+        assert [await nq.result(job) for job in behind] == [2, 1, 1, 1]
+    assert most == 1
+    await wait_none(connection, "select count(*) from notifyq.key where held <> 0")
+    assert len(await nq.runtimes()) == 1
+    rescues = 0
+    await trio.sleep(1.5)
+    assert rescues == 0
 
 
 async def test_a_round_of_maintenance_that_takes_long_holds_up_no_rescue(start, nq, connection, monkeypatch):

@@ -876,23 +876,152 @@ async def test_what_takes_several_gates_takes_them_in_one_order(
 ):
     await queue("q1", policy="singleton")
     await queue("q2", policy="singleton")
-    runtimes = ["00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"]
-    for runtime, name in zip(runtimes, ("q2", "q1"), strict=True):
-        await ask("select notifyq.register(%s, %s)", runtime, [name])
+    runtime = "00000000-0000-0000-0000-000000000001"
+    await ask("select notifyq.register(%s, '{q1,q2}')", runtime)
+    for name in ("q2", "q1"):
         await send("k", "k", queue=name)
         assert len(await ask("select id from notifyq.claim(%s, 1, %s)", name, runtime)) == 1
-    await ask("update notifyq.runtime set lease = '1 ms', lease_until = clock_timestamp() - interval '1 second'")
     waiting = [job for (job,) in await ask("select job from notifyq.blocked order by job")]
     async with connection.transaction():
         await ask("select id from notifyq.claim('q2', 1)")
-        rescue = Call(other, "select state from notifyq.rescue()")
-        nursery.start_soon(rescue.run)
+        goodbye = Call(other, f"select state from notifyq.deregister('{runtime}')")
+        nursery.start_soon(goodbye.run)
         await until_waiting(connection, other)
         cancel = Call(third, f"select notifyq.cancel('{{{','.join(map(str, waiting))}}}'::bigint[])")
         nursery.start_soon(cancel.run)
         await until_waiting(connection, third)
-    assert await rescue.answer() == [("ready",), ("ready",)]
+    assert await goodbye.answer() == [("ready",), ("ready",)]
     assert [sorted(ids) for (ids,) in await cancel.answer()] == [waiting]
+    await well()
+
+
+# rescues
+
+
+RUNTIME = "00000000-0000-0000-0000-000000000001"
+RESCUE = "select job, state from notifyq.rescue() order by job"
+BEAT = f"select renewed from notifyq.beat('{RUNTIME}')"
+ROWS = "select (select count(*)::int from notifyq.runtime), (select count(*)::int from notifyq.active)"
+
+
+@pytest.fixture
+def lose(ask, queue, send):
+    async def lose(*names: str) -> list[int]:
+        """The jobs of a dead runtime, one of each of these queues. All but 'plain' have a rule, and another job waits."""
+        await ask("select notifyq.register(%s, '{*}')", RUNTIME)
+        lost = []
+        for name in names:
+            ruled = name != "plain"
+            await queue(name, retry_limit=1, **({"key_limit": 1} if ruled else {}))
+            await send(*(["k", "k"] if ruled else ["k"]), queue=name)
+            lost += await ask("select id from notifyq.claim(%s, 1, %s)", name, RUNTIME)
+        await ask("update notifyq.runtime set lease = '1 ms', lease_until = clock_timestamp() - interval '1 second'")
+        return [job for (job,) in lost]
+
+    return lose
+
+
+@either_end
+async def test_a_rescue_steps_over_a_gate_that_is_in_use_and_the_next_one_recovers_the_rest(
+    ask, connection, other, lose, well, commit
+):
+    first, free, plain, last = await lose("q", "q2", "plain", "q3")
+    with trio.fail_after(5):
+        async with connection.transaction(force_rollback=not commit):
+            await ask(CLAIM)  # nothing: the key is held
+            assert await rows(other, RESCUE) == [(free, "ready"), (plain, "ready"), (last, "ready")]
+            assert await rows(other, ROWS) == [(1, 1)]
+            assert await rows(other, RESCUE) == []
+            assert await rows(other, ROWS) == [(1, 1)]
+    assert await ask(RESCUE) == [(first, "ready")]
+    assert await ask(ROWS) == [(0, 0)]
+    assert await ask("select job, attempt, type from notifyq.attempt order by job") == [
+        (job, 1, "lost") for job in (first, free, plain, last)
+    ]
+    await well()
+
+
+@either_end
+async def test_a_rescue_waits_for_no_gate_of_many_but_a_moment_for_one(ask, connection, other, lose, well, commit):
+    queues = [f"q{number}" for number in range(20)]
+    jobs = await lose(*queues)
+    async with connection.transaction(force_rollback=not commit):
+        for name in queues[:-1]:
+            await ask("select id from notifyq.claim(%s)", name)
+        with trio.fail_after(2):
+            assert await rows(other, RESCUE) == [(jobs[-1], "ready")]
+    assert [job for job, _ in await ask(RESCUE)] == jobs[:-1]
+    await well()
+
+
+@either_end
+async def test_a_rescue_gets_at_the_gate_of_a_queue_whose_transactions_are_short(
+    ask, connection, other, nursery, lose, well, commit
+):
+    [job] = await lose("q")
+    rescue = Call(other, RESCUE)
+    async with connection.transaction(force_rollback=not commit):
+        await ask(CLAIM)
+        nursery.start_soon(rescue.run)
+        with trio.fail_after(5):
+            while not (rescue.through.is_set() or await ask("select 1 from pg_locks where not granted")):
+                await trio.sleep(0.001)
+    assert await rescue.answer() == [(job, "ready")]
+    await well()
+
+
+async def test_a_rescue_does_not_wait_for_a_gate_that_is_being_made(ask, connection, other, lose, well):
+    [plain] = await lose("plain")
+    await ask("select notifyq.update_queue('plain', '{\"key_limit\": 1}')")
+    async with connection.transaction():
+        await ask("select id from notifyq.claim('plain')")
+        with trio.fail_after(5):
+            assert await rows(other, RESCUE) == []
+    assert await ask(RESCUE) == [(plain, "ready")]
+    await well()
+
+
+@either_end
+async def test_a_rescue_steps_over_a_ticket_that_somebody_takes(ask, connection, other, lose, commit):
+    plain, behind = await lose("plain", "q")
+    async with connection.transaction(force_rollback=not commit):
+        await ask(f"select notifyq.complete('{{{plain}}}', runtime => '{RUNTIME}')")
+        with trio.fail_after(5):
+            assert await rows(other, RESCUE) == [(behind, "ready")]
+        assert await rows(other, ROWS) == [(1, 1)]
+    assert await ask(RESCUE) == ([] if commit else [(plain, "ready")])
+    assert await ask(ROWS) == [(0, 0)]
+
+
+async def test_a_runtime_that_was_rescued_in_part_learns_that_its_lease_is_lost(ask, connection, other, lose, well):
+    behind, plain = await lose("q", "plain")
+    with trio.fail_after(5):
+        async with connection.transaction():
+            await ask(CLAIM)
+            assert await rows(other, RESCUE) == [(plain, "ready")]
+            assert await rows(other, BEAT) == [(False,)]
+            with pytest.raises(psycopg.DatabaseError, match="no live lease"):
+                await rows(other, f"select id from notifyq.claim('plain', 1, '{RUNTIME}')")
+            await rows(other, f"select notifyq.register('{RUNTIME}', '{{*}}')")
+            assert await rows(other, BEAT) == [(True,)]
+            assert await rows(other, f"select job from notifyq.held('{RUNTIME}')") == [(behind,)]
+    assert await ask(RESCUE) == []
+    assert await ask(ROWS) == [(1, 1)]
+    await ask(f"select notifyq.deregister('{RUNTIME}')")
+    await well()
+
+
+async def test_a_runtime_all_of_whose_jobs_were_stepped_over_may_renew_its_lease(ask, connection, other, lose, well):
+    await lose("q")
+    with trio.fail_after(5):
+        async with connection.transaction():
+            await ask(CLAIM)
+            assert await rows(other, RESCUE) == []
+            await rows(other, "update notifyq.runtime set lease = '1 minute'")
+            assert await rows(other, BEAT) == [(True,)]
+    assert await ask(RESCUE) == []
+    assert await ask(ROWS) == [(1, 1)]
+    await ask(f"select notifyq.deregister('{RUNTIME}')")
     await well()
 
 

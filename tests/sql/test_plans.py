@@ -134,6 +134,14 @@ OTHERS = {
         f"with r as (select notifyq.register({RUNTIME}, '{{plain}}')) select null from r, lateral ("
         f"select count(*) from notifyq.claim('plain', {AT_ONCE}, {RUNTIME}) where r is not null) c",
     ),
+    "rescue": Call(
+        "select count(*) from notifyq.rescue()",
+        f"select null; select notifyq.register({RUNTIME}, '{{*}}');"
+        f" select count(*) from unnest('{{plain,few,ordered}}'::text[]) q, notifyq.claim(q, {AT_ONCE // 4}, {RUNTIME});"
+        f" select count(*) from notifyq.claim('fair', {AT_ONCE // 4});"
+        " update notifyq.runtime set lease = '1 ms', lease_until = '2000-01-01';"
+        " update notifyq.active set deadline = '2000-01-01' where runtime is null",
+    ),
     "beat": Call(
         f"select notifyq.beat({RUNTIME}, array(select number from notifyq.queue where name !~ 'other'))",
         f"select notifyq.register({RUNTIME}, '{{*}}')::text",

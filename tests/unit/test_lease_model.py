@@ -58,7 +58,7 @@ class Runtime(NamedTuple):
     lost: bool = False
     """Its lease was, since it made the claim."""
     lease: str = "live"
-    """``live``, ``lapsed``, or ``none``: there is no row."""
+    """``live``, ``lapsed``, ``taken`` (a rescue has left the row, and taken some of its jobs), or ``none``: there is no row."""
     locked: bool = False
     outcome: Call | None = None
     """A settle that was not answered yet."""
@@ -82,6 +82,7 @@ class Rules(NamedTuple):
     fence_complete: bool = True
     """By ``as_of``."""
     strays_are_released: bool = True
+    taken_is_not_renewed: bool = True
     most_claims: int = 2
     server_crashes: bool = True
 
@@ -123,8 +124,10 @@ def runtime_steps(state: State, number: int, rules: Rules) -> Iterator[State]:
     if me.outcome is not None:  # again and again, until it is answered
         yield state._replace(calls=state.calls | {me.outcome})
     if me.at != "claiming":
-        if me.lease != "none":
+        if me.lease in ("live", "lapsed"):
             yield put(state, number, me._replace(lease="live"))  # beat()
+        elif me.lease == "taken" and not rules.taken_is_not_renewed:
+            yield put(state, number, me._replace(lease="live", lost=False))  # it believes that it has kept it
         else:  # beat() tells of it: handlers are cancelled, what waits is dropped; then register()
             yield put(state, number, me._replace(lease="live", at="idle"))
 
@@ -153,12 +156,17 @@ def server_steps(state: State, rules: Rules) -> Iterator[State]:
     for number, runtime in enumerate(state.runtimes):
         if runtime.at == "dead" and runtime.lease == "live":
             yield put(state, number, runtime._replace(lease="lapsed"))
-        if runtime.lease == "lapsed" and not runtime.locked:  # rescue() steps over rows that are in use
-            after = put(state, number, runtime._replace(lease="none", lost=True))
+        if runtime.lease in ("lapsed", "taken") and not runtime.locked:  # rescue() steps over rows that are in use
+            left = put(state, number, runtime._replace(lease="taken", lost=True))  # and over gates: it takes other jobs
+            gone = put(state, number, runtime._replace(lease="none", lost=True))
+            yield left
             if ticket.place == "active" and ticket.holder == number:
                 place = "ready" if ticket.spent <= RETRY_LIMIT else "archive"
-                after = after._replace(ticket=Ticket(place, ticket.spent, None, ticket.claim))
-            yield after
+                back = Ticket(place, ticket.spent, None, ticket.claim)
+                yield left._replace(ticket=back)  # another job is left
+                yield gone._replace(ticket=back)
+            else:
+                yield gone
 
 
 def faults(state: State, rules: Rules) -> Iterator[State]:
@@ -255,6 +263,7 @@ def test_nothing_that_can_happen_settles_an_attempt_twice(rules):
         ({"fence_release": False}, "taken from who runs it"),
         ({"fence_complete": False}, "taken from who runs it"),
         ({"strays_are_released": False}, "cannot come to its end"),
+        ({"taken_is_not_renewed": False}, "taken from who runs it"),
     ],
 )
 def test_each_rule_is_needed(left_out, what):

@@ -153,7 +153,7 @@ def run_one(fault: Fault, seconds: float, seed: int, folder: Path, template: Pat
     click.echo(
         f"{fault.name:24} {outcome.incidents.total():4} times, {verdict.sent:8,} jobs, {len(verdict.lost)} lost,"
         f" {len(verdict.stuck)} stuck, twice {sum(verdict.explained.values())} explained"
-        f" and {len(verdict.unexplained)} not, recovery {waits}, {outcome.seconds:.0f} s",
+        f" and {len(verdict.unexplained)} not, recovery {waits}, {outcome.restarts} restarts, {outcome.seconds:.0f} s",
         err=True,
     )
     if not verdict.good:

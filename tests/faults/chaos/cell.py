@@ -20,7 +20,7 @@ from .producers import Producers
 from .proxy import Proxy
 from .queues import ALL, BULK
 from .servers import Server
-from .verdict import Found, Verdict, judge, recoveries
+from .verdict import Found, Verdict, judge, recoveries, unexcused_restarts
 from .workers import HOW_MANY, Workers, processes_in
 
 if TYPE_CHECKING:
@@ -212,6 +212,8 @@ class Outcome:
     unknown: int
     refused: dict[str, int]
     events: dict[str, int]
+    restarts: int
+    """Of workers whose connection broke while they started."""
     seconds: float
     log: str
 
@@ -254,6 +256,7 @@ async def run_cell(
         ledger.unknown,
         dict(ledger.refused),
         dict(ledger.events),
+        len(scene.workers.restarts),
         time.monotonic() - started,
         log,
     )
@@ -288,7 +291,8 @@ async def _break(fault: Fault, scene: Scene, seconds: float, rate: float) -> Ver
         verdict.complain(f"{waiting} jobs were not run within {fault.drain:g} s after the load, such as {where}")
     if runtimes != HOW_MANY:
         verdict.complain(f"{runtimes} runtimes are registered at the end, not {HOW_MANY}")
-    for complaint in (*scene.workers.bad_ends, *fault.expected(scene)):
+    unexcused = unexcused_restarts(scene.workers.restarts, scene.ledger.incidents)
+    for complaint in (*scene.workers.bad_ends, *unexcused, *fault.expected(scene)):
         verdict.complain(complaint)
     await _look_what_is_left(scene, verdict, fault.patience)
     return verdict
@@ -305,7 +309,10 @@ async def _workers(fault: Fault, scene: Scene) -> AsyncIterator[None]:
     scene.workers = Workers(scene.folder, environment, scene.wrapped)
     scene.workers.start()
     try:
-        yield
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scene.workers.keep_up)
+            yield
+            nursery.cancel_scope.cancel()
     finally:
         scene.workers.kill()
 

@@ -149,7 +149,7 @@ STANDING = (
     "select count(*) from pg_stat_activity where state = 'idle in transaction' and query like '%%.complete(%%'"
     " and state_change < clock_timestamp() - interval '0.9 s'"
 )
-"""What a worker that stands between its completion and the commit holds up for 10 s at most: rescues, too."""
+"""A worker that stands between its completion and the commit; others wait for it, 10 s at most."""
 
 
 class Stop(Fault):

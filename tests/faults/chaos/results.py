@@ -56,6 +56,7 @@ def as_entry(fault: Fault, outcome: Outcome) -> dict[str, Any]:
         "jobs_of_sends_without_answer": outcome.unknown,
         "failed_sends": outcome.refused,
         "events": outcome.events,
+        "restarts_of_workers_that_could_not_start": outcome.restarts,
         "seconds": round(outcome.seconds, 1),
         "complaints": verdict.complaints,
         "good": verdict.good,

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
-    from .ledger import Incident, Ledger, Run, Send
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["Found", "Verdict", "judge", "recoveries"]
+    from .ledger import Incident, Ledger, Run, Send
+    from .workers import Restart
+
+__all__ = ["Found", "Verdict", "judge", "recoveries", "unexcused_restarts"]
 
 SETTLING = 2.0
 """Seconds in which a completion has been stored if nothing is wrong just then: it waits for one write, under load."""
 
 IN_HAND = 1.0
 """Seconds that a claimed job waits in a process before it begins, or is handed back: ``_shelf.STALE_SECONDS``."""
+
+COMING_BACK = 1.0
+"""Seconds in which a connection may break because of what was done to the server, or the network, and is over."""
 
 CLOCKS = 0.01
 """Seconds that the server's clock and this process's may go apart while a delayed job waits."""
@@ -222,3 +228,11 @@ def _was_cut_off(runs: list[Run], incident: Incident) -> bool:
     """Whether the run in the midst of which the worker was hit had not ended by itself until the incident was over."""
     hit = (run for run in runs if run.job == incident.job and run.process == incident.process)
     return all(run.over is None or run.over > incident.ended for run in hit if run.began < incident.began)
+
+
+def unexcused_restarts(restarts: Iterable[Restart], incidents: Iterable[Incident]) -> Iterator[str]:
+    """Workers whose connection broke while they started, though nothing was done then that breaks it."""
+    breaking = [incident for incident in incidents if incident.process is None and incident.excuses]
+    for restart in restarts:
+        if not any(one.began < restart.ended and restart.began < one.ended + COMING_BACK for one in breaking):
+            yield f"worker {restart.name} could not start, and nothing was done that explains it: {restart.words}"

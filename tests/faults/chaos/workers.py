@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,20 @@ import trio
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Worker", "Workers", "processes_in"]
+__all__ = ["Restart", "Worker", "Workers", "processes_in"]
 
 ROOT = Path(__file__).parents[3]
 HOW_MANY = 3
 END_SECONDS = 30.0
 """Seconds in which a process that was told to has to end: its grace is one, and what it waits for of the server 10."""
+RESTART_SECONDS = 0.5
+"""Until a worker is started again that could not start."""
+COULD_NOT_START = re.compile(
+    rb"notifyq: (cannot reach the server within|the connection to the server broke|no connection to the server in"
+    rb"|the server did not answer within)[^\n]+\n"
+)
+"""All that a worker says whose connection breaks while it starts; later it reconnects for ever."""
+WORDS_KEPT = 2000
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -38,16 +48,37 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Worker:
     """One process."""
 
     name: str
     process: subprocess.Popen[bytes]
+    began: float = attrs.Factory(time.monotonic)
+    words: bytes = b""
+    """What it said first."""
+    reader: threading.Thread = attrs.field(init=False)
+
+    def could_not_start(self) -> bool:
+        """Whether it has ended as one does whose connection breaks while it starts: with 1 and one line."""
+        if self.process.poll() != 1:
+            return False
+        self.reader.join(END_SECONDS)
+        return COULD_NOT_START.fullmatch(self.words) is not None
+
+
+@attrs.frozen
+class Restart:
+    """A worker that could not start, and was started again."""
+
+    name: str
+    began: float
+    ended: float
+    words: str
 
 
 class Workers:
-    """Three processes. One that ends is replaced by whoever ended it."""
+    """Three processes. One that ends is replaced by whoever ended it; one that could not start is started again."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], wrapped: tuple[str, ...] = ()) -> None:
         """``wrapped``: a command that runs a command."""
@@ -55,10 +86,11 @@ class Workers:
         self._environment = {**os.environ, "TMPDIR": str(folder), **environment}
         self._wrapped = wrapped
         self._started = 0
-        self._log = (folder / "log").open("ab")
+        self._log = (folder / "log").open("ab", buffering=0)
         self.all: list[Worker] = []
         self._ending: list[Worker] = []
         self.bad_ends: list[str] = []
+        self.restarts: list[Restart] = []
 
     def start(self) -> None:
         """Start all three."""
@@ -72,10 +104,37 @@ class Workers:
             cwd=ROOT,
             env={**self._environment, "CHAOS_LEDGER": str(self._folder / f"effects-{name}")},
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        return Worker(name, process)
+        worker = Worker(name, process)
+        worker.reader = threading.Thread(target=self._copy, args=(worker,), daemon=True)
+        worker.reader.start()
+        return worker
+
+    def _copy(self, worker: Worker) -> None:
+        """Its words into the log, a line at a time."""
+        assert worker.process.stdout is not None
+        with worker.process.stdout as lines:
+            for line in lines:
+                if len(worker.words) < WORDS_KEPT:
+                    worker.words += line
+                self._log.write(line)
+
+    async def keep_up(self) -> None:
+        """Start those again that could not start, as a process manager would; how others ended, gone() looks at."""
+        while True:
+            for worker in self.all:
+                if worker not in self._ending and worker.could_not_start():
+                    self._ending.append(worker)
+                    await trio.sleep(RESTART_SECONDS)
+                    self._note(worker)
+                    self.all[self.all.index(worker)] = self._start()
+            await trio.sleep(0.05)
+
+    def _note(self, worker: Worker) -> None:
+        words = worker.words.decode(errors="replace").strip()
+        self.restarts.append(Restart(worker.name, worker.began, time.monotonic(), words))
 
     def at_work(self, name: str) -> Worker | None:
         """The one of this name, unless somebody ends it."""
@@ -100,11 +159,14 @@ class Workers:
             worker.process.kill()
             worker.process.wait()
             self.bad_ends.append(f"worker {worker.name} did not end within {END_SECONDS:g} s")
+        elif worker.could_not_start():
+            self._note(worker)  # before the signal came
         elif code not in (0, *(-number for number in by)):
             self.bad_ends.append(f"worker {worker.name} ended with {code}")
 
     async def stop(self) -> None:
         """End all of them."""
+        self._ending += self.all
         for worker in self.all:
             worker.process.send_signal(signal.SIGCONT)
             worker.process.terminate()
@@ -117,6 +179,7 @@ class Workers:
             if worker.process.poll() is None:
                 worker.process.kill()
                 worker.process.wait()
+            worker.reader.join(END_SECONDS)
         self._log.close()
 
     def log(self) -> str:
