@@ -58,7 +58,7 @@ class Runtime(NamedTuple):
     lost: bool = False
     """Its lease was, since it made the claim."""
     lease: str = "live"
-    """``live``, ``lapsed``, ``taken`` (a rescue has left the row, and taken some of its jobs), or ``none``: there is no row."""
+    """``live``, ``lapsed``, ``taken`` (a rescue has left the row, and taken other jobs), or ``none``: there is no row."""
     locked: bool = False
     outcome: Call | None = None
     """A settle that was not answered yet."""
