@@ -943,8 +943,9 @@ end
 $$;
 
 -- Renews the keys of a queue where that pays: looking up so many keys, each of which has one row, or what is blocked behind
--- each, has read so many entries of their index, but for those that were found. Call it if they are more than 16 a key: so many there are only where dead rows may not go, since a snapshot is held
--- open. Counted by the server itself; it never counts where track_counts is off.
+-- each, has read so many entries of their index, but for those that were found. Call it if they are more than 16 a key: so many
+-- there are only where dead rows may not go, since a snapshot is held open. Counted by the server itself; it never counts where
+-- track_counts is off.
 --
 -- What was read for nothing since the last time grows with the square of this; it pays when that is more than the work of
 -- moving all of them, however few are looked up at a time.
@@ -969,8 +970,8 @@ end
 $$;
 
 -- Moves all keys of a queue, and what the gate has blocked behind them, to the next generation, where no look meets what is
--- dead of the one before. Call with the gate locked. Not where there are so many that everybody would wait for it; then it is thought of again when it would pay
--- for four times as many.
+-- dead of the one before. Call with the gate locked. Not where there are so many that everybody would wait for it; then it is
+-- thought of again when it would pay for four times as many.
 create or replace function notifyq.renew_keys(queue notifyq.queue) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp

@@ -227,8 +227,8 @@ begin
 end
 $$;
 
--- The active jobs whose deadline has passed. No index has the deadlines: it reads the table page by page, which takes a tenth
--- of the time that going through another index would where much is dead.
+-- The active jobs whose deadline has passed. No index has the deadlines, so all of the table is read: page by page, and not in
+-- the order of another index, which its callers' settings would lead to.
 create or replace function notifyq.past_deadline(moment timestamptz) returns table (job bigint, queue int)
 language sql stable
 set search_path = pg_catalog, pg_temp
