@@ -77,7 +77,9 @@ as $$
 $$;
 
 -- A runtime to which looks from the beginning of these queues are dear takes 'far' shared, on its session, or lets go of it,
--- and learns whether it has it: advance(), which puts tickets back to where they stood, then rings for them.
+-- and learns whether it has it. It claims from where it last found something, and others then ring for what may appear below
+-- that: for what goes back to its place (ring_back()), and for all that is written in a transaction which began before the
+-- statement, and may be committed late. (A statement that is parsed anew began before itself: that rings, too.)
 create or replace function notifyq.stand_far(queues int[], far boolean[]) returns table (queue int, stands boolean)
 language sql
 set search_path = pg_catalog, pg_temp
@@ -89,7 +91,7 @@ as $$
     from unnest(stand_far.queues, stand_far.far) u (queue, far)
 $$;
 
--- Whether to ring for what goes back. Testing it fails if another one tests it at this moment: that rings, too.
+-- Whether to ring for what may appear there. Testing it fails if another one tests it at this moment: that rings, too.
 create or replace function notifyq.somebody_stands_far(queue notifyq.queue) returns boolean
 language sql volatile
 set search_path = pg_catalog, pg_temp
@@ -102,13 +104,34 @@ as $$
     end
 $$;
 
+-- Rings for tickets that went back to their places in line.
+create or replace function notifyq.ring_back(back notifyq.ready[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if ring_back.back is null then
+        return;
+    end if;
+    perform pg_notify(notifyq.channel(f.queue), 'r:' || f.priority || ':' || f.number)
+    from (
+        select b.queue, b.priority, min(b.number) as number
+        from unnest(ring_back.back) b
+        group by b.queue, b.priority
+    ) f
+    where exists (select from notifyq.queue q where q.number = f.queue and notifyq.somebody_stands_far(q));
+end
+$$;
+
 -- Not SECURITY DEFINER: it runs as whoever may insert a ticket, which for a producer is send().
 create or replace function notifyq.ring_ready() returns trigger
 language plpgsql
 as $$
 declare
     rang text := coalesce(current_setting('notifyq.rang_ready', true), '');
+    late constant boolean := now() <> statement_timestamp();
     ticket record;
+    rung int;
 begin
     -- Each query in here costs a single send as much as an index: the usual case, all tickets of
     -- one queue and priority, has two, and assignments are evaluated without one.
@@ -116,7 +139,11 @@ begin
     into ticket
     from inserted t;
     if rang = '' and ticket.queue = ticket.last_queue and ticket.priority = ticket.highest then
-        if exists (select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_may_come(q)) then
+        if exists (
+            select from notifyq.queue q
+            where q.number = ticket.queue
+            and (notifyq.somebody_may_come(q) or late and notifyq.somebody_stands_far(q))
+        ) then
             rang := set_config('notifyq.rang_ready', '{"' || ticket.queue || '":' || ticket.priority || '}', true)
                 || pg_notify(notifyq.channel(ticket.queue), 'r:' || ticket.priority || ':' || ticket.number);
         end if;
@@ -128,13 +155,24 @@ begin
         group by t.queue, t.priority
         order by t.queue, t.priority desc
     loop
-        if coalesce((nullif(rang, '')::jsonb ->> ticket.queue::text)::int < ticket.priority, true)
-            and exists (select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_may_come(q))
-        then
-            rang := set_config('notifyq.rang_ready',
-                (coalesce(nullif(rang, ''), '{}')::jsonb || jsonb_build_object(ticket.queue, ticket.priority))::text, true);
-            perform pg_notify(notifyq.channel(ticket.queue), 'r:' || ticket.priority || ':' || ticket.number);
+        rang := coalesce(nullif(rang, ''), '{}');
+        rung := rang::jsonb ->> ticket.queue::text;
+        -- Who stands far has to be told of each priority.
+        if rung > ticket.priority and late and not rang::jsonb ? (ticket.queue || ':' || ticket.priority) and exists (
+            select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_stands_far(q)
+        ) then
+            rang := rang::jsonb || jsonb_build_object(ticket.queue || ':' || ticket.priority, ticket.priority);
+        elsif coalesce(rung < ticket.priority, true) and exists (
+            select from notifyq.queue q
+            where q.number = ticket.queue
+            and (notifyq.somebody_may_come(q) or late and notifyq.somebody_stands_far(q))
+        ) then
+            rang := rang::jsonb || jsonb_build_object(ticket.queue, ticket.priority);
+        else
+            continue;
         end if;
+        perform set_config('notifyq.rang_ready', rang, true);
+        perform pg_notify(notifyq.channel(ticket.queue), 'r:' || ticket.priority || ':' || ticket.number);
     end loop;
     return null;
 end
@@ -145,6 +183,7 @@ language plpgsql
 as $$
 declare
     rang jsonb := coalesce(nullif(current_setting('notifyq.rang_scheduled', true), ''), '{}')::jsonb;
+    late constant boolean := now() <> statement_timestamp();
     ticket record;
 begin
     for ticket in
@@ -153,9 +192,11 @@ begin
         group by t.queue
         order by t.queue
     loop
-        if coalesce((rang ->> ticket.queue::text)::numeric > ticket.due, true)
-            and exists (select from notifyq.queue q where q.number = ticket.queue and notifyq.somebody_may_come(q))
-        then
+        if coalesce((rang ->> ticket.queue::text)::numeric > ticket.due, true) and exists (
+            select from notifyq.queue q
+            where q.number = ticket.queue
+            and (notifyq.somebody_may_come(q) or late and notifyq.somebody_stands_far(q))
+        ) then
             rang := rang || jsonb_build_object(ticket.queue, ticket.due);
             perform set_config('notifyq.rang_scheduled', rang::text, true);
             perform pg_notify(notifyq.channel(ticket.queue), 'd:' || ticket.due);

@@ -817,7 +817,7 @@ as $$
 declare
     q constant notifyq.queue := advance.queue;
     next_jobs bigint[];
-    rings text[];
+    moved notifyq.ready[];
 begin
     if cardinality(advance.keys) = 0 then
         return;
@@ -832,17 +832,16 @@ begin
         where b.job = any (next_jobs)
         returning b.job, b.number, b.attempt, b.priority
     ), back as (
-        insert into notifyq.ready (queue, priority, number, job, attempt)
+        insert into notifyq.ready as t (queue, priority, number, job, attempt)
         select q.number, notifyq.line_priority(n.priority, q.ageing),
             case when q.fair then nextval('notifyq.job_id_seq') else n.number end, n.job, n.attempt
         from gone n
         order by n.number
-        returning priority, number
+        returning t as ticket
     )
-    select array_agg('r:' || f.priority || ':' || f.number) into rings
-    from (select b.priority, min(b.number) as number from back b group by b.priority) f;
-    if rings is not null and not q.fair and notifyq.somebody_stands_far(q) then
-        perform pg_notify(notifyq.channel(q.number), r.ring) from unnest(rings) r (ring);
+    select array_agg(b.ticket) into moved from back b;
+    if not q.fair then
+        perform notifyq.ring_back(moved);
     end if;
 end
 $$;

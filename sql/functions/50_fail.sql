@@ -204,6 +204,7 @@ declare
     affected bigint[];
     cancelled notifyq.active[];
     again notifyq.active[];
+    moved notifyq.ready[];
 begin
     if exists (select from notifyq.gate) then
         perform notifyq.lock_gates(release.jobs);
@@ -212,18 +213,21 @@ begin
         select g as ticket, g.job, g.queue, g.attempt, g.key, g.number, g.cancel_requested_at is not null as cancelled
         from notifyq.leave_active(release.jobs, release.attempts, release.runtime, release.as_of) g
     ), back as (
-        insert into notifyq.ready (queue, priority, number, job, attempt)
+        insert into notifyq.ready as t (queue, priority, number, job, attempt)
         select g.queue, notifyq.line_priority(j.priority, q.ageing), g.number, g.job, g.attempt - 1
         from gone g
         join notifyq.job j on j.id = any (array[g.job])
         join notifyq.queue q on q.number = any (array[g.queue])
         where not g.cancelled
         order by g.number
+        returning t as ticket
     )
     select coalesce(array_agg(g.job), '{}'), array_agg(g.ticket) filter (where g.cancelled),
-        array_agg(g.ticket) filter (where not g.cancelled and g.key is not null)
-    into affected, cancelled, again
+        array_agg(g.ticket) filter (where not g.cancelled and g.key is not null),
+        (select array_agg(b.ticket) from back b)
+    into affected, cancelled, again, moved
     from gone g;
+    perform notifyq.ring_back(moved);
     perform notifyq.free(again, 'again');
     perform notifyq.finish(cancelled, 'cancelled');
     return affected;

@@ -120,6 +120,7 @@ declare
     j notifyq.job;
     q notifyq.queue;
     ticket notifyq.ready;
+    moved notifyq.ready;
     rank smallint;
 begin
     perform notifyq.lock_gates(array[edit.job]);
@@ -147,11 +148,12 @@ begin
             from gone g
             where due > clock_timestamp()
         )
-        insert into notifyq.ready (queue, priority, number, job, attempt)
+        insert into notifyq.ready as t (queue, priority, number, job, attempt)
         select g.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null then g.number
             else notifyq.line_number(g.job, rank, q.ageing) end, g.job, g.attempt
         from gone g
-        where (due > clock_timestamp()) is not true;
+        where (due > clock_timestamp()) is not true
+        returning t.* into moved;
         update notifyq.blocked b
         set priority = case when b.parents > 0 then rank else b.priority end, due_at = coalesce(due, b.due_at)
         where b.job = edit.job;
@@ -165,9 +167,10 @@ begin
                 perform notifyq.advance(q, array[coalesce(j.key, '')]);
             end if;
         else
-            insert into notifyq.ready (queue, priority, number, job, attempt)
+            insert into notifyq.ready as t (queue, priority, number, job, attempt)
             values (j.queue, notifyq.line_priority(rank, q.ageing), case when q.ageing is null or edit.priority is null then ticket.number
-                else notifyq.line_number(j.id, rank, q.ageing) end, j.id, ticket.attempt);
+                else notifyq.line_number(j.id, rank, q.ageing) end, j.id, ticket.attempt)
+            returning t.* into moved;
         end if;
     end if;
     if stands = 'scheduled' and due is not null then
@@ -189,6 +192,9 @@ begin
             insert into notifyq.ready (queue, priority, number, job, attempt)
             values (j.queue, notifyq.line_priority(rank, q.ageing), notifyq.line_number(nextval('notifyq.job_id_seq'), rank, q.ageing), j.id, ticket.attempt);
         end if;
+    end if;
+    if moved.job is not null then
+        perform notifyq.ring_back(array[moved]);
     end if;
     if num_nonnulls(edit.data, edit.priority) > 0 then
         update notifyq.job o

@@ -180,6 +180,7 @@ declare
     back notifyq.active[];
     failed notifyq.active[];
     cancelled notifyq.active[];
+    moved notifyq.ready[];
 begin
     insert into notifyq.attempt (job, claimed_at, runtime, attempt, type, message)
     select l.job, l.claimed_at, l.runtime, l.attempt, 'lost', 'its runtime stopped without settling it, or its deadline passed'
@@ -190,12 +191,17 @@ begin
     into cancelled, failed, back
     from unnest(recover.lost) l
     join notifyq.job j on j.id = any (array[l.job]);
-    insert into notifyq.ready (queue, priority, number, job, attempt)
-    select b.queue, notifyq.line_priority(j.priority, q.ageing), b.number, b.job, b.attempt
-    from unnest(back) b
-    join notifyq.job j on j.id = any (array[b.job])
-    join notifyq.queue q on q.number = any (array[b.queue])
-    order by b.number;
+    with ticket as (
+        insert into notifyq.ready as t (queue, priority, number, job, attempt)
+        select b.queue, notifyq.line_priority(j.priority, q.ageing), b.number, b.job, b.attempt
+        from unnest(back) b
+        join notifyq.job j on j.id = any (array[b.job])
+        join notifyq.queue q on q.number = any (array[b.queue])
+        order by b.number
+        returning t as ticket
+    )
+    select array_agg(t.ticket) into moved from ticket t;
+    perform notifyq.ring_back(moved);
     perform notifyq.free(back, 'again');
     perform notifyq.finish(failed, 'failed');
     perform notifyq.finish(cancelled, 'cancelled');

@@ -25,10 +25,10 @@ TRAIL_SECONDS = 1.0
 LOOK_EVERY = 1.0
 """Seconds between looks from the beginning while busy, for what no notification told of."""
 
-LOOK_SHARE = 0.02
-"""Share of the time that such looks may take: a long-open snapshot makes them dear."""
+LOOK_SHARE = 0.01
+"""Share of the time that such looks of one queue may take: a long-open snapshot makes them dear."""
 
-LOOK_LATEST = 30.0
+LOOK_LATEST = 300.0
 """Seconds: no look from the beginning is put off for longer, however dear it is."""
 
 CHEAP_LOOK = 0.004

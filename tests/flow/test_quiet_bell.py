@@ -325,7 +325,14 @@ async def test_senders_of_every_kind_and_runtimes_that_fill_up_and_run_dry_forge
     assert await (await connection.execute(b"select count(*) >= 360 from notifyq.archive")).fetchone() == (True,)
 
 
-async def below_the_floor(start, nq, connection, monkeypatch, poll_interval: float = HOUR):
+UNTOLD = """
+    select set_config('notifyq.rang_ready', jsonb_build_object(number, 32767, number || ':0', 0)::text, true)
+    from notifyq.queue
+"""
+"""What is sent in this transaction rings for nobody."""
+
+
+async def below_the_floor(start, nq, connection, monkeypatch, poll_interval: float = HOUR, transaction: str = UNTOLD):
     """A runtime for which looks are dear, and a ticket below its floor that nobody rang for."""
     monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
     monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
@@ -338,9 +345,17 @@ async def below_the_floor(start, nq, connection, monkeypatch, poll_interval: flo
     seen = await start(queue, lease=HOUR)
     await nq.send(queue, 1)
     await seen.wait(JobCompleted, 1)
-    rang = "select set_config('notifyq.rang_ready', jsonb_build_object(number, 32767)::text, true) from notifyq.queue"
+    far = b"""
+        select exists (
+            select from pg_locks l
+            where l.locktype = 'advisory' and l.classid::bigint = notifyq.lock_class('far') & 4294967295
+        )
+    """
+    with trio.fail_after(10):
+        while await (await connection.execute(far)).fetchone() == (False,):
+            await trio.sleep(0.01)
     async with connection.transaction():
-        await connection.execute(rang.encode())
+        await connection.execute(transaction.encode())
         await nq.send(queue, 2, connection=connection)
         await nq.send(queue, 3)
         await seen.wait(JobCompleted, 2)
@@ -353,6 +368,15 @@ async def test_what_lies_below_the_floor_untold_of_is_found_with_the_next_look_f
     queue, seen = await below_the_floor(start, nq, connection, monkeypatch)
     await nq.send(queue, 4)
     await seen.wait(JobCompleted, 4, seconds=5)
+
+
+async def test_what_a_long_transaction_leaves_below_the_floor_is_told_of_though_nobody_stood_free(
+    start, nq, connection, monkeypatch
+):
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    nobody_is_free = UNTOLD.replace(", number || ':0', 0", "")
+    _, seen = await below_the_floor(start, nq, connection, monkeypatch, transaction=nobody_is_free)
+    await seen.wait(JobCompleted, 3, seconds=5)
 
 
 async def test_who_is_told_to_look_looks_from_the_beginning_though_that_is_dear(start, nq, connection, monkeypatch):
@@ -454,9 +478,8 @@ async def test_what_an_end_puts_back_below_the_floor_is_claimed_though_nobody_st
     for number in range(3, 6):
         await nq.send(queue, number, key=str(number))
         await seen.wait(JobCompleted, number - 1)
-    rang = "select set_config('notifyq.rang_ready', jsonb_build_object(number, 32767)::text, true) from notifyq.queue"
     async with connection.transaction():
-        await connection.execute(rang.encode())
+        await connection.execute(UNTOLD.encode())
         await connection.execute(b"select notifyq.complete(%s)", (held.id,))
     await seen.wait(JobCompleted, 5, seconds=5)
 

@@ -105,29 +105,42 @@ async def test_a_claim_with_rules_leaves_out_what_is_below_its_floor_unless_the_
     assert (await claim())[0] == ([] if found else [below])
 
 
-async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(
-    queue, store, claim, ask, dsn, other, connection
-):
-    number = await queue(policy="singleton")
+@pytest.fixture
+async def rung(dsn, ask):
+    """What was rung since it was called the last time; the first time it begins to listen."""
     payloads: list[str] = []
     listener = await open_connection(dsn)
     listener.add_notify_handler(lambda notification: payloads.append(notification.payload))
-    [(channel,)] = await ask("select notifyq.channel(%s)", number)
-    await listener.execute(f'listen "{channel}"'.encode())
+
+    async def rung() -> set[str]:
+        [(channel,)] = await ask("select notifyq.channel(number) from notifyq.queue")
+        await listener.execute(f'listen "{channel}"'.encode())
+        await listener.execute(f"notify \"{channel}\", 'end'".encode())
+        with trio.fail_after(20):
+            while "end" not in payloads:
+                await listener.wait_input()
+        told = {payload for payload in payloads if payload != "end"}
+        payloads.clear()
+        return told
+
+    yield rung
+    await listener.close()
+
+
+async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(
+    queue, store, claim, ask, other, connection, rung
+):
+    number = await queue(policy="singleton")
 
     async def rung_by_an_end() -> list[str]:
+        await rung()
         jobs = [(await ask("select notifyq.send('q', key => 'k')"))[0][0] for _ in range(2)]
         assert (await claim())[0] == jobs[:1]
         for job in jobs:
             ended = "select notifyq.complete(array[a.job], runtime => a.runtime) from notifyq.active a where a.job = %s"
             assert await ask(ended, job) == [([job],)]
             assert (await claim())[0] in (jobs[1:], [])
-        await listener.execute(f"notify \"{channel}\", 'end'".encode())
-        with trio.fail_after(20):
-            while "end" not in payloads:
-                await listener.wait_input()
-        rung, payloads[:] = [payload for payload in payloads if payload != "end"], []
-        return [payload.replace(f":{jobs[1]}", ":second") for payload in rung]
+        return [payload.replace(f":{jobs[1]}", ":second") for payload in await rung()]
 
     assert await rung_by_an_end() == []
     async with connection.transaction():  # somebody tests it at that moment
@@ -135,13 +148,88 @@ async def test_what_goes_back_to_its_place_rings_if_somebody_stands_far(
         assert await store.stand_far(other, [number], [True]) == {number: False}
     assert await rung_by_an_end() == []
     assert await store.stand_far(other, [number], [True]) == {number: True}
-    assert await rung_by_an_end() == ["r:0:second"]
+    assert "r:0:second" in await rung_by_an_end()
     await ask("select notifyq.update_queue('q', '{\"bell\": \"never\"}')")
     assert await rung_by_an_end() == []
     await ask("select notifyq.update_queue('q', '{\"bell\": \"quiet\"}')")
     assert await store.stand_far(other, [number], [False]) == {number: False}
     assert await rung_by_an_end() == []
-    await listener.close()
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "select notifyq.release(array[{job}], array[1], null)",
+        "select notifyq.rescue()",
+        "select notifyq.edit({job}, null, 7, null, null)",
+    ],
+    ids=["released", "rescued", "edited"],
+)
+async def test_also_what_is_handed_back_rescued_or_edited(queue, store, ask, other, connection, rung, back):
+    number = await queue()
+    edited = "edit" in back
+    back = back.format(job=(await ask("select notifyq.send('q')"))[0][0])
+
+    async def rung_when_it_goes_back() -> set[str]:
+        if not edited:
+            await ask("select notifyq.claim('q')")
+            await ask("update notifyq.active set deadline = now()")
+        await rung()
+        await connection.execute(back.encode())  # parsed and executed in one message: this is no long transaction
+        assert await ask("select count(*) from notifyq.ready") == [(1,)]
+        return await rung()
+
+    assert await rung_when_it_goes_back() == set()
+    assert await store.stand_far(other, [number], [True]) == {number: True}
+    [(place,)] = await ask("select number from notifyq.ready")
+    assert await rung_when_it_goes_back() == {f"r:{7 if edited else 0}:{place}"}
+
+
+async def test_what_a_longer_transaction_writes_rings_for_each_priority_if_somebody_stands_far(
+    queue, store, ask, other, connection, rung
+):
+    number = await queue()
+    await rung()
+    sends = [b"select notifyq.send('q', priority => %d)" % priority for priority in (0, 5, 2, 2, 9)]
+
+    async def send_all() -> set[str]:
+        for send in sends:
+            await connection.execute(send)
+        return {payload.rpartition(":")[0] for payload in await rung()}
+
+    async def send_all_in_one() -> set[str]:
+        async with connection.transaction():
+            await connection.execute(b"select 1")
+            for send in sends:
+                await connection.execute(send)
+        return await rung()
+
+    assert await send_all_in_one() == set()
+    assert await store.stand_far(other, [number], [True]) == {number: True}
+    assert await send_all() == set()
+    [(last,)] = await ask("select max(id) from notifyq.job")
+    assert await send_all_in_one() == {
+        f"r:{priority}:{last + sent}" for sent, priority in enumerate((0, 5, 2, None, 9), 1) if priority is not None
+    }
+    async with connection.transaction():
+        await connection.execute(b"select notifyq.send('q', priority => 5)")
+        await ask('select notifyq.send_many(\'q\', \'[{"priority": 9}, {"priority": 1}, {"priority": 5}]\')')
+    assert {payload.rpartition(":")[0] for payload in await rung()} == {"r:5", "r:9", "r:1"}
+
+
+async def test_also_what_it_puts_off(queue, store, other, connection, rung):
+    number = await queue()
+    await rung()
+
+    async def send() -> set[str]:
+        async with connection.transaction():
+            await connection.execute(b"select 1")
+            await connection.execute(b"select notifyq.send('q', due_at => now() + '1 hour')")
+        return {payload[:2] for payload in await rung()}
+
+    assert await send() == set()
+    assert await store.stand_far(other, [number], [True]) == {number: True}
+    assert await send() == {"d:"}
 
 
 async def test_a_beat_that_does_not_look_still_tells_of_cancel_requests(queue, connection, store, claim, ask):

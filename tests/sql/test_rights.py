@@ -99,7 +99,7 @@ OWNERS = """
     leaves_on line_number line_priority line_up lock_gate lock_gates lock_waiting next_blocked next_multiple
     options_fit outstanding parents_ended past_deadline promote put_schedule queue_name queue_option_names rate_add
     rate_next rate_room recover redrivable refuse_claim refuse_time release_heads renew_keys renew_worn_keys reserve
-    revive revoke_role rights ring_look ring_ready ring_scheduled send_each send_one sift somebody_may_come
+    revive revoke_role rights ring_back ring_look ring_ready ring_scheduled send_each send_one sift somebody_may_come
     somebody_stands_far stand_behind take_ready take_turns tell_queues tell_runtimes try_lock_gates unreserve
     with_options
 """
