@@ -78,11 +78,9 @@ class Claimer:
         """What the channel said: ``r:<priority>:<number>``, ``d:<due>``, ``t:<taken numbers>``, ``room``, ``look``."""
         kind, _, rest = payload.partition(":")
         asked = False
-        if self._paused:
-            return
         try:
             if kind == "r":
-                if not self._floor.heard(rest) or self._watch.crowded:
+                if not self._floor.heard(rest) or self._paused or self._watch.crowded:
                     return
                 now = trio.current_time()
                 if self._watch.rang(self._resting, now):
@@ -93,9 +91,9 @@ class Claimer:
                 else:
                     asked = self._ask()
             elif kind == "d":
-                if not self._due.heard(rest) or self._watch.crowded:
+                if not self._due.heard(rest) or self._paused or self._watch.crowded:
                     return
-            elif self._watch.crowded:
+            elif self._paused or self._watch.crowded:
                 return
             elif kind == "t":
                 self.fleet.taken(rest)
@@ -105,7 +103,7 @@ class Claimer:
                 self.looks.at, self._due.unknown = -math.inf, True
         except ValueError:
             pass  # not from our trigger; look anyway
-        if not asked:
+        if not asked and not self._paused:
             self.bell.ring()
 
     def connected(self, up: bool) -> None:
@@ -113,6 +111,7 @@ class Claimer:
         self._watch.lost(trio.current_time() if up else math.inf)
         if up:
             self.look_again()
+            self.looks.at = -math.inf  # however dear that is: nobody was told of what appeared below the floors
 
     def pause(self, paused: bool) -> None:
         """Claim nothing, and hand back what has not been taken; or claim again, beginning with a look."""

@@ -6,6 +6,7 @@ The protocol is in ``sql/functions/20_bell.sql``.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import attrs
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ._store import Store
 
 __all__ = ["Standing"]
+
+AGAIN = 1.0
+"""Seconds until it tries again to stand far where it could not: somebody tested just then whether somebody does."""
 
 
 @attrs.define(eq=False)
@@ -78,7 +82,8 @@ class Standing:
         """Let go of what is not wanted any longer, and say what is taken, until cancelled."""
         task_status.started()
         while True:
-            await self._bell.wait()
+            with trio.move_on_after(AGAIN if self._far - self._far_held else math.inf):
+                await self._bell.wait()
             self._bell.clear()
             try:
                 await self._listener.call(self._tell)

@@ -332,6 +332,19 @@ UNTOLD = """
 """What is sent in this transaction rings for nobody."""
 
 
+async def until_it_stands_far(connection) -> None:
+    far = b"""
+        select exists (
+            select from pg_locks l
+            where l.locktype = 'advisory' and l.mode = 'ShareLock'
+            and l.classid::bigint = notifyq.lock_class('far')::bigint & 4294967295
+        )
+    """
+    with trio.fail_after(10):
+        while await (await connection.execute(far)).fetchone() == (False,):
+            await trio.sleep(0.01)
+
+
 async def below_the_floor(start, nq, connection, monkeypatch, poll_interval: float = HOUR, transaction: str = UNTOLD):
     """A runtime for which looks are dear, and a ticket below its floor that nobody rang for."""
     monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
@@ -345,15 +358,7 @@ async def below_the_floor(start, nq, connection, monkeypatch, poll_interval: flo
     seen = await start(queue, lease=HOUR)
     await nq.send(queue, 1)
     await seen.wait(JobCompleted, 1)
-    far = b"""
-        select exists (
-            select from pg_locks l
-            where l.locktype = 'advisory' and l.classid::bigint = notifyq.lock_class('far') & 4294967295
-        )
-    """
-    with trio.fail_after(10):
-        while await (await connection.execute(far)).fetchone() == (False,):
-            await trio.sleep(0.01)
+    await until_it_stands_far(connection)
     async with connection.transaction():
         await connection.execute(transaction.encode())
         await nq.send(queue, 2, connection=connection)
@@ -376,6 +381,47 @@ async def test_what_a_long_transaction_leaves_below_the_floor_is_told_of_though_
     monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
     nobody_is_free = UNTOLD.replace(", number || ':0', 0", "")
     _, seen = await below_the_floor(start, nq, connection, monkeypatch, transaction=nobody_is_free)
+    await seen.wait(JobCompleted, 3, seconds=5)
+
+
+async def test_who_could_not_stand_far_tries_again(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    told = trio.Event()
+    stand_far = Store.stand_far
+
+    async def counted(self: Store, *args: Any) -> Any:
+        answer = await stand_far(self, *args)
+        told.set()
+        return answer
+
+    monkeypatch.setattr(Store, "stand_far", counted)
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(queue)
+    async with connection.transaction():  # somebody tests it
+        await connection.execute(
+            b"select pg_advisory_xact_lock(notifyq.lock_class('far'), number % 64) from notifyq.queue"
+        )
+        await start(queue, lease=HOUR)
+        await nq.send(queue, 1)
+        with trio.fail_after(10):
+            await told.wait()
+    await until_it_stands_far(connection)
+
+
+async def test_a_new_listening_connection_is_followed_by_a_look_from_the_beginning_though_that_is_dear(
+    start, nq, connection, monkeypatch
+):
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    _, seen = await below_the_floor(start, nq, connection, monkeypatch)
+    await connection.execute(
+        b"select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'notifyq listener'"
+    )
     await seen.wait(JobCompleted, 3, seconds=5)
 
 

@@ -502,6 +502,17 @@ async def test_a_ring_lowers_the_floor_also_of_one_that_looks_by_itself():
     assert claimer._floor.numbers == {0: 1}
 
 
+async def test_a_ring_lowers_the_floor_also_in_a_pause():
+    claimer = claimer_of_nothing(lambda _how_many, _answered: False, lambda _: None)
+    claimer.heard("r:0:100")
+    claimer.pause(True)
+    claimer.bell.clear()
+    for payload in ("r:0:7", "d:5.0", "room", "look", "t:1", "nonsense"):
+        claimer.heard(payload)
+    assert claimer._floor.numbers == {0: 7}
+    assert not claimer.bell.rung
+
+
 @pytest.mark.parametrize("answer", [NoLease("stopping"), psycopg.OperationalError("gone"), [claimed(1), claimed(2)]])
 async def test_what_a_claim_brings_that_was_asked_for_just_before_the_end_is_handed_back(answer):
     asked: list[int] = []
