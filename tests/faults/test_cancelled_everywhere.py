@@ -458,7 +458,7 @@ MOST_SKIPPED = 60
 PARTS = (
     *("_runtime", "_session", "_roster", "_worker", "_claimer", "_hands", "_shelf", "_executor", "_atomic", "_threads"),
     *("_settler", "_batcher", "_listener", "_standing", "_beat", "_watchdog", "_maintenance", "_scheduler", "_results"),
-    *("_pool", "_opening", "_connection", "_connect", "_declare", "_middleware", "_models", "_bell", "_lock"),
+    *("_pool", "_opening", "_connection", "_steps", "_connect", "_declare", "_middleware", "_models", "_bell", "_lock"),
 )
 """What a runtime is made of, but for its SQL."""
 
@@ -467,11 +467,10 @@ UNTRIED = {
     "_atomic.Atomic.run: async with contextlib.AsyncExitStack() as stack:",
     "_beat.Heart.run: async with self._running:",
     "_roster.Roster.begin: async with self._pool.connection() as connection:",  # nobody else has begun
-    "_atomic.Atomic._complete: await trio.lowlevel.checkpoint_if_cancelled()",
     "_claimer.Claimer._drain: await trio.lowlevel.checkpoint_if_cancelled()",
     "_connect.prepare: await connection.close()",
     "_connection.TrioConnection.wait: await trio.lowlevel.checkpoint_if_cancelled()",
-    "_connection._wait_ready: await trio.lowlevel.checkpoint_if_cancelled()",
+    "_steps._wait_ready: await trio.lowlevel.checkpoint_if_cancelled()",
     "_connection.TrioConnection.prepare: await self._known(statement)",
     "_listener.Listener._connection: await connection.close()",
     "_runtime.Runtime.run: Pool(dsn, size=RUNTIME_CONNECTIONS, connect_timeout=self._connect_timeout) as own,",
@@ -496,9 +495,9 @@ UNTRIED = {
     "_connection.TrioConnection.fetch: async with self.lock:",
     "_connection.TrioConnection.prepare: async with self.lock:",
     "_connection.TrioConnection.fetch: return await self.fetch(statement, parameters)",
-    "_connection._wait_ready: await trio.lowlevel.wait_writable(fd)",
-    "_connection._wait_ready.race: await wait(fd)",
-    "_connection._wait_ready: async with trio.open_nursery() as nursery:",
+    "_steps._wait_ready: await trio.lowlevel.wait_writable(fd)",
+    "_steps._wait_ready.race: await wait(fd)",
+    "_steps._wait_ready: async with trio.open_nursery() as nursery:",
     "_listener.Listener._send_proof: async with self._connection() as another:",
     "_listener.Listener._send_proof: await self._store.notify(another, control, self._proof)",
     "_listener.Listener._await_answer: await connection.cancel_query()",
