@@ -129,5 +129,5 @@ async def test_a_transaction_that_holds_the_gate_of_a_queue_holds_up_no_queue_wi
         with trio.fail_after(5):
             for data in range(10):
                 assert await nq.result(await nq.send(plain, data)) == data
-        assert [event.queue for event in seen.of(JobCompleted)] == ["plain"] * 10
+        assert [event.queue for event in await seen.wait(JobCompleted, 10)] == ["plain"] * 10
     await seen.wait(JobCompleted, 12)
