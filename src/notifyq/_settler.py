@@ -57,6 +57,8 @@ class Settler:
         self._free: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
         self._gated: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
         self._behind_gates = {""}  # by no name: of a queue that is not known
+        self.without_rules: set[str] = set()
+        """The queues of the process that have none."""
         self._random = random.Random()
 
     def put(self, outcome: Outcome, queue: str) -> bool:
@@ -67,7 +69,12 @@ class Settler:
 
     def is_gated(self, queue: str, gated: bool) -> None:
         """Whether a queue has rules; what was put before goes the way that it went."""
-        (self._behind_gates.add if gated else self._behind_gates.discard)(queue)
+        if gated:
+            self._behind_gates.add(queue)
+            self.without_rules.discard(queue)
+        else:
+            self._behind_gates.discard(queue)
+            self.without_rules.add(queue)
 
     def _batcher(self, queue: str) -> Batcher[Entry]:
         return self._gated if queue in self._behind_gates else self._free

@@ -208,8 +208,11 @@ class QueueWorker:
         return self._still_ours(haul, lease_number)
 
     def _claim_at_once(self, how_many: int, answered: Callable[[Haul | Exception], None]) -> bool:
-        """Send a claim on the connection that has just heard of a job, if that is free and need not wait for a gate."""
-        if self._gated:
+        """Send a claim on the connection that has just heard of a job, if that is free.
+
+        Not if it may have to wait for a gate, and others, which never have to, would not hear of their jobs meanwhile.
+        """
+        if self._gated and self._settler.without_rules:
             return False
         # An idle queue asks for the same number each time.
         if how_many != self._bound_for or self._key_limit is not None:
