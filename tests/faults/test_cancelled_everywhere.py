@@ -128,12 +128,12 @@ class Work:
             return [ValueError("no") if job.data == AFTER_FAILING and job.attempt == 1 else None for job in jobs]
 
         @written.worker(concurrency=3, transaction=True)
-        async def write(job: Job[int], connection: TrioConnection) -> None:
+        async def write(job: Job[int], connection: TrioConnection) -> int:
             await connection.execute("insert into written values (%s)", (job.id,))
             with self._may_be_cancelled():
                 async with connection.transaction():
                     await connection.execute("select pg_sleep(0.001)")
-            await self._run(job)
+            return await self._run(job)
 
     @contextlib.contextmanager
     def _may_be_cancelled(self) -> Iterator[None]:
@@ -470,6 +470,9 @@ UNTRIED = {
     "_claimer.Claimer._drain: await trio.lowlevel.checkpoint_if_cancelled()",
     "_connect.prepare: await connection.close()",
     "_connection.TrioConnection.wait: await trio.lowlevel.checkpoint_if_cancelled()",
+    "_connection.TrioConnection.wait: return await self._outlast(step)",
+    "_connection.TrioConnection._outlast: return await step.finish()",
+    "_connection.TrioConnection._outlast: await self._end_query(step)",
     "_steps._wait_ready: await trio.lowlevel.checkpoint_if_cancelled()",
     "_connection.TrioConnection.prepare: await self._known(statement)",
     "_listener.Listener._connection: await connection.close()",
@@ -516,7 +519,13 @@ UNTRIED = {
     "_claimer.Claimer._wait_for_work: await self.bell.wait()",
     "_claimer.Claimer._claim_for_ever: await trio.sleep(reconnect_delay(failures, self._random))",
     "_connect.prepare: await trio.sleep(PATIENCE_PAUSE)",
+    "_connection.TrioConnection.wait: await self._end_query(step)",
+    "_connection.TrioConnection._end_query: await self.cancel_query()",
     "_connection.TrioConnection._end_query: await step.finish()",
+    (
+        "_connection.TrioConnection.cancel_query:"
+        " await trio.to_thread.run_sync(self.opened.cancel_safe, abandon_on_cancel=True)"
+    ),
     "_listener.Listener._begin: await connection.wait_input()",
     "_listener.Listener._begin: await self._hear_all(connection)",
     "_listener.Listener._begin: await self._hold_interest(connection, queue)",
