@@ -255,8 +255,11 @@ begin
             wanted.rate_limit, wanted.rate_period, wanted.key_rate_limit, wanted.key_rate_period, wanted.fair, wanted.ageing)
     where q.name = update_queue.name;
     perform notifyq.apply_rules(standing);
-    if update_queue.options ? 'dead_letter' or wanted.fair <> standing.fair then
-        perform notifyq.tell_queues(); -- patterns do not serve dead-letter queues; a runtime has keys take turns itself, too
+    if update_queue.options ? 'dead_letter' or wanted.fair <> standing.fair
+        or (notifyq.queue_named(update_queue.name)).gated <> standing.gated
+    then
+        -- Patterns do not serve dead-letter queues; a runtime has keys take turns itself, too, and waits for gates by itself.
+        perform notifyq.tell_queues();
     end if;
 exception when check_violation or not_null_violation then
     raise exception 'an option of queue % is out of its range: %', update_queue.name, update_queue.options

@@ -95,3 +95,19 @@ as $$
     select cardinality(notifyq.complete(array[complete.job], jsonb_build_array(complete.output),
         case when complete.attempt is null then null else array[complete.attempt] end, null::uuid)) = 1
 $$;
+
+-- Completes one job, or raises: for a transaction that is to be committed only if the attempt is still this runtime's. Send it
+-- with its COMMIT, in one message: in between, who stands still holds the gate.
+create or replace function notifyq.complete_or_raise(job bigint, output jsonb, attempt int, runtime uuid, as_of timestamptz default null) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if notifyq.complete(array[complete_or_raise.job], jsonb_build_array(complete_or_raise.output), array[complete_or_raise.attempt],
+        complete_or_raise.runtime, array[complete_or_raise.as_of]) = '{}'
+    then
+        raise exception 'attempt % of job % is no longer held by this runtime', complete_or_raise.attempt, complete_or_raise.job
+            using errcode = 'NQ007';
+    end if;
+end
+$$;

@@ -35,7 +35,7 @@ $$;
 -- highs[i] (null: all) count. due_in: seconds until the next due time by queue number. lapse_in:
 -- seconds until somebody else's lease, or a claim by hand, lapses: rescue() is due then. schedules:
 -- another number than before when some schedule was made, changed or removed. clock: the server's. serves:
--- changes when one of the queues it was registered for is made, deleted, paused, resumed or made fair: see served(). fleet: how
+-- changes when one of the queues it was registered for is made, deleted, paused, resumed, made fair or given rules: see served(). fleet: how
 -- many live runtimes are registered for the same, this one included; place: how many of them come before it.
 -- look: false leaves out what reads all that is ready, due and active: held and ready are null, and due_in is empty.
 --
@@ -78,7 +78,8 @@ begin
     where r.queues = registered_for
     and r.lease_until > clock_timestamp()
     and not r.stopping;
-    select md5(string_agg(s.number || case when s.paused then ' paused' else '' end || case when s.fair then ' fair' else '' end, ',' order by s.number))
+    select md5(string_agg(s.number || case when s.paused then ' paused' else '' end || case when s.fair then ' fair' else '' end
+        || case when s.gated then ' gated' else '' end, ',' order by s.number))
     into serves
     from notifyq.served(registered_for) s;
     cancels := array(select a.job from notifyq.active a where a.runtime = beat.runtime and a.cancel_requested_at is not null);

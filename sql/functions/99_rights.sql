@@ -16,7 +16,7 @@ as $$
         ('{producer,worker,operator}'::text[], '{send,try_send,send_many,send_flow,publish}'::text[]),
         -- which queues there are, and where they ring; waiting for a result
         ('{worker,operator}', '{queue_named,channel,lock_class,next_due,hold_interest,drop_interest,no_settle_under_way,parents}'),
-        ('{worker}', '{claim,say_taken,complete,fail,snooze,release,discard,touch,progress}'),
+        ('{worker}', '{claim,say_taken,complete,complete_or_raise,fail,snooze,release,discard,touch,progress}'),
         ('{worker}', '{register,beat,stop,held,deregister,rescue,served,stand_free,stand_busy,stand_far}'),
         ('{worker}', '{schedules_ahead,fire,keep_schedule_error}'),
         ('{worker}', '{expire,purge,make_leaves,drop_leaf,maintain}'),

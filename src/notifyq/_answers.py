@@ -25,6 +25,8 @@ class Served:
     name: str
     paused: bool
     fair: bool
+    gated: bool
+    """It has rules: whatever moves its tickets locks its gate, which somebody else may hold for long."""
     info: QueueInfo
 
 

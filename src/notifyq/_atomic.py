@@ -1,7 +1,10 @@
 """Completes a job in the transaction that its handler writes in: both commit together, or neither does.
 
-Whatever goes wrong before the COMMIT rolls back, and the attempt ends as that of any other handler. Once the COMMIT is
-sent the server decides. If its answer is lost the attempt is failed like any other: where the COMMIT was done the job is no
+The completion goes with the COMMIT, in one message: in between it would hold what others of a queue with rules wait for,
+for as long as this process stands still. Where the attempt is no longer ours it fails, so that there is no COMMIT.
+
+Whatever goes wrong before that rolls back, and the attempt ends as that of any other handler. Once it is sent the server
+decides. If its answer is lost the attempt is failed like any other: where the COMMIT was done the job is no
 longer active, and failing it changes nothing; where it may still be under way, failing it waits for its end.
 """
 
@@ -14,19 +17,18 @@ import psycopg
 import trio
 from psycopg.pq import TransactionStatus
 
-from ._connection import ANSWER_TIMEOUT
 from ._errors import ConnectionLost, NotifyqError
 from ._lock import QuickLock
 from ._models import Completed, Failed, Released
 from ._settler import DATA_ERRORS, output_refused
-from ._sql import is_connection_loss
+from ._sql import NOT_HELD, is_connection_loss, raise_as_ours
 from .events import JobCompleted, LeaseLost
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from uuid import UUID
 
-    from ._connection import TrioConnection
+    from ._connection import Transaction, TrioConnection
     from ._models import Job, Outcome
     from ._pool import Pool
     from ._store import Store
@@ -42,7 +44,7 @@ PATIENCE = 10.0
 class _RolledBack(Exception):
     """Ends the transaction; what is left to be settled is in ``outcome``."""
 
-    def __init__(self, outcome: Outcome | None) -> None:
+    def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
 
 
@@ -83,12 +85,13 @@ class Atomic:
             except NotifyqError:  # all are in use, or the server is away: it was not started, and is handed back
                 return Released(job.id, job.attempt, job._as_of)
             try:
-                async with self._transaction(connection):
+                async with self._transaction(connection) as transaction:
                     outcome = judge(await call(connection))
-                    await self._complete(connection, job, outcome)
-                    committing()
+                    transaction.commit_with(await self._completion(connection, job, outcome), committing)
             except _RolledBack as rolled_back:
                 return rolled_back.outcome
+            except _Refused as refused:
+                return self._refused(job, outcome, refused.error)
             except _NotBegun:  # the connection had broken while nobody used it
                 return Released(job.id, job.attempt, job._as_of)
             except _InDoubt as doubt:
@@ -100,60 +103,57 @@ class Atomic:
         return None
 
     @contextlib.asynccontextmanager
-    async def _transaction(self, connection: TrioConnection) -> AsyncIterator[None]:
-        """A transaction whose COMMIT is shielded. Raises ``_NotBegun``, and ``_InDoubt`` if that is not answered."""
+    async def _transaction(self, connection: TrioConnection) -> AsyncIterator[Transaction]:
+        """A transaction. Raises ``_NotBegun``, ``_Refused``, and ``_InDoubt`` if its COMMIT is not answered."""
         transaction = connection.transaction()
         try:
-            await transaction.__aenter__()
+            begun = await transaction.__aenter__()
         except psycopg.Error as error:
             raise _NotBegun from error
         try:
-            yield
+            yield begun
         except BaseException as error:
             # Its own answer is not asked for: also psycopg's Rollback, which it would swallow, fails the attempt.
             await transaction.__aexit__(type(error), error, error.__traceback__)
             raise
-        with trio.move_on_after(ANSWER_TIMEOUT, shield=True) as patience:
-            try:
-                await transaction.__aexit__(None, None, None)
-            except psycopg.Error as error:
-                if is_connection_loss(error):
-                    raise _InDoubt(str(error).strip().split("\n")[0]) from error
-                raise  # the server refused: a deferred constraint, a serialization failure
-        if patience.cancelled_caught:
-            connection.pgconn.finish()
-            raise _InDoubt(f"no answer within {ANSWER_TIMEOUT:g} s")
+        try:
+            await transaction.__aexit__(None, None, None)
+        except psycopg.Error as error:
+            if is_connection_loss(error):
+                raise _InDoubt(str(error).strip().split("\n")[0]) from error
+            if connection.pgconn.transaction_status == TransactionStatus.INERROR:
+                raise _Refused(error) from error
+            raise  # the COMMIT itself: a deferred constraint, a serialization failure
 
-    async def _complete(self, connection: TrioConnection, job: Job[Any], outcome: Outcome) -> None:
-        """Complete the job in the transaction. Raises ``_RolledBack`` if it is not to be, and psycopg's errors."""
+    async def _completion(self, connection: TrioConnection, job: Job[Any], outcome: Outcome) -> bytes:
+        """The statement that completes the job. Raises ``_RolledBack`` if it is not to be, and what ``fetch()`` raises."""
         if not isinstance(outcome, Completed):
             raise _RolledBack(outcome)
         if connection.pgconn.transaction_status == TransactionStatus.IDLE:
             raise RuntimeError("the handler ended the transaction that its job's completion belongs to")
-        await trio.lowlevel.checkpoint_if_cancelled()  # before anything is sent: then there is nothing to drain
-        output = f"[{outcome.output}]"
-        try:
-            # From here on it holds what others wait for, of a queue with rules: not for as long as this process is stopped.
-            done = await self._store.complete(
-                connection,
-                [job.id],
-                output,
-                [job.attempt],
-                self._runtime,
-                [job._as_of],
-                commit_within=ANSWER_TIMEOUT,
-            )
-        except psycopg.DatabaseError as error:
-            if (error.sqlstate or "")[:2] in DATA_ERRORS:
-                raise _RolledBack(output_refused(outcome, error)) from error
-            raise
-        if not done:
-            self._events.emit(LeaseLost(job.queue, job.id, job.attempt))
-            raise _RolledBack(None)
+        return await self._store.completion(
+            connection, job.id, outcome.output, job.attempt, self._runtime, as_of=job._as_of
+        )
+
+    def _refused(self, job: Job[Any], outcome: Outcome, error: psycopg.Error) -> Outcome | None:
+        """What is left to be settled where the server did not take the completion. Raises what is to fail the attempt."""
+        if isinstance(error, psycopg.DatabaseError) and (error.sqlstate or "")[:2] in DATA_ERRORS:
+            return output_refused(outcome, error)
+        if error.sqlstate != NOT_HELD:
+            raise_as_ours(error)
+        self._events.emit(LeaseLost(job.queue, job.id, job.attempt))
+        return None
 
 
 class _NotBegun(Exception):
     """There is no transaction: nothing was called."""
+
+
+class _Refused(Exception):
+    """The completion failed: there was no COMMIT."""
+
+    def __init__(self, error: psycopg.Error) -> None:
+        self.error = error
 
 
 class _InDoubt(Exception):

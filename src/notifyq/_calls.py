@@ -13,6 +13,7 @@ from ._sql import raise_as_ours
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from uuid import UUID
 
     from ._connection import TrioConnection
 
@@ -45,6 +46,11 @@ class Calls:
     def bind(self, text: LiteralString, *arguments: Any) -> Bound:
         """A call to be sent later, or many times."""
         return Bound(self._statement(text), [literal(argument) for argument in arguments])
+
+    def text(self, text: LiteralString, **arguments: float | str | UUID | None) -> bytes:
+        """A statement with its arguments in it: ``{name}`` is the argument of that name."""
+        literals = {name: sql.Literal(argument) for name, argument in arguments.items()}
+        return sql.SQL(text).format(s=sql.Identifier(self.schema), **literals).as_bytes(None)
 
     def _statement(self, text: LiteralString) -> str:
         statement = self._composed.get(text)

@@ -22,22 +22,17 @@ from psycopg.adapt import Transformer
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from psycopg.rows import dict_row, tuple_row
-from psycopg.waiting import Ready, Wait
 
 from ._errors import ConnectionLost
 from ._lock import QuickLock
+from ._steps import Step
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
 T = TypeVar("T")
 
-__all__ = [
-    "ANSWER_TIMEOUT",
-    "CANCEL_GRACE",
-    "TrioConnection",
-    "answered_within",
-]
+__all__ = ["ANSWER_TIMEOUT", "CANCEL_GRACE", "Transaction", "TrioConnection", "answered_within"]
 
 ANSWER_TIMEOUT = 10.0
 """Seconds a runtime's own statement may take: they are small, so longer means that the answer will not come."""
@@ -63,14 +58,18 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         self._numbers = itertools.count(1)
         self._sent: _Statement | None = None
         self._received: Any = None
+        self._deciding = False
 
     async def wait(self, gen: Any, interval: float = 0, timeout: float | None = None) -> Any:
         """Run a protocol generator to its end. Cancelled: the query is cancelled and drained, or the connection closed."""
-        step = _Step(gen, self.pgconn.socket)
+        step = Step(gen, self.pgconn.socket)
+        self._deciding = False
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
             return await step.finish()
         except trio.Cancelled:
+            if self._deciding:
+                return await self._outlast(step)
             if self.pgconn.status == ConnStatus.OK and self.pgconn.transaction_status == TransactionStatus.ACTIVE:
                 await self._end_query(step)
             elif self.pgconn.status != ConnStatus.OK or self.pgconn.pipeline_status != PipelineStatus.OFF:
@@ -180,7 +179,14 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         """Ask the server to cancel what runs; whoever waits for that gets the error. Raises psycopg's errors."""
         await trio.to_thread.run_sync(self.opened.cancel_safe, abandon_on_cancel=True)
 
-    async def _end_query(self, step: _Step) -> None:
+    async def _outlast(self, step: Step) -> Any:
+        """Cancelled when the server decides already: wait for what it says, but not for ever."""
+        with trio.move_on_after(ANSWER_TIMEOUT, shield=True):
+            return await step.finish()
+        await self._end_query(step)
+        raise psycopg.OperationalError(f"no answer within {ANSWER_TIMEOUT:g} s")
+
+    async def _end_query(self, step: Step) -> None:
         if self.pgconn.pipeline_status == PipelineStatus.OFF:
             with trio.move_on_after(self.cancel_grace, shield=True), contextlib.suppress(psycopg.Error):
                 await self.cancel_query()
@@ -192,9 +198,9 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     @contextlib.asynccontextmanager
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
-    ) -> AsyncIterator[psycopg.AsyncTransaction]:
+    ) -> AsyncIterator[Transaction]:
         """Run the block in a transaction, or a savepoint of the one under way. An exception, or cancelling, rolls back."""
-        transaction = psycopg.AsyncTransaction(self, savepoint_name, force_rollback)
+        transaction = Transaction(self, savepoint_name, force_rollback)
         # psycopg counts the block before BEGIN or SAVEPOINT is through: cancelled there, the count would be wrong.
         with trio.move_on_after(self.cancel_grace, shield=True) as begin:
             await transaction.__aenter__()
@@ -284,54 +290,33 @@ class _Statement:
         return rows
 
 
-class _Step:
-    """A protocol generator under way: it can be left while it waits and be picked up again."""
+class Transaction(psycopg.AsyncTransaction):
+    """psycopg's, whose COMMIT may bring something along."""
 
-    def __init__(self, gen: Generator[Any, Any, Any], fd: int) -> None:
-        self._gen = gen
-        self._fd = fd
-        self._want: Wait | None = None
+    _last: tuple[bytes, Callable[[], object]] | None = None
 
-    def abandon(self) -> None:
-        """End the generator here: its clean-up uses the connection, which is closed, and would complain elsewhere."""
-        with contextlib.suppress(psycopg.Error, RuntimeError):
-            self._gen.close()
+    def commit_with(self, statement: bytes, committing: Callable[[], object]) -> None:
+        """Have this statement sent with the COMMIT, in one message, of which the server gets all or nothing.
 
-    async def finish(self) -> Any:
-        try:
-            if self._want is None:
-                self._want = next(self._gen)
-            while True:
-                ready = await _wait_ready(self._fd, self._want)
-                self._want = self._gen.send(ready)
-        except StopIteration as end:
-            return end.value
+        If it fails there is no COMMIT. ``committing`` is called when it is sent: the server decides from then on, so who is
+        cancelled waits for ``ANSWER_TIMEOUT`` yet, and then gets an ``OperationalError``.
+        """
+        self._last = statement, committing
 
+    def _commit_gen(self) -> Generator[Any, Any, None]:
+        yield from super()._commit_gen()
+        if self._last is None:
+            return
+        statement, committing = self._last
+        connection: Any = self._conn
+        connection._deciding = True
+        committing()
+        self.pgconn.send_query(statement + b"; COMMIT")
+        results = yield from generators.execute(self.pgconn)
+        connection._checked(results[-1])
 
-async def _wait_ready(fd: int, want: Wait) -> Ready:
-    if want == Wait.R:
-        await trio.lowlevel.wait_readable(fd)
-        return Ready.R
-    if want == Wait.W:
-        await trio.lowlevel.wait_writable(fd)
-        return Ready.W
-    # Read or write, whichever comes first: waiting for one alone can wait for ever when both
-    # sides' buffers are full.
-    first: list[Ready] = []
-
-    async def race(wait: Callable[[int], Any], ready: Ready) -> None:
-        await wait(fd)
-        first.append(ready)
-        nursery.cancel_scope.cancel()
-
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(race, trio.lowlevel.wait_readable, Ready.R)
-            nursery.start_soon(race, trio.lowlevel.wait_writable, Ready.W)
-    except BaseExceptionGroup:
-        await trio.lowlevel.checkpoint_if_cancelled()  # raises Cancelled itself, as the other waits do
-        raise
-    return Ready.RW if len(first) == 2 else first[0]
+    def _get_commit_commands(self) -> Iterator[bytes]:
+        return iter(()) if self._last is not None else super()._get_commit_commands()
 
 
 @contextlib.contextmanager

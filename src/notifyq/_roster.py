@@ -1,7 +1,8 @@
 """The queues that a runtime serves right now: those it names, and those that match its patterns.
 
-Whether a queue was made, deleted, paused, resumed or made fair is told on the control channel, and by the beat if that was
-lost; then one statement says what there is. A worker is started for each queue that is new, and ended for one that has gone.
+Whether a queue was made, deleted, paused, resumed, made fair or given rules is told on the control channel, and by the
+beat if that was lost; then one statement says what there is. A worker is started for each queue that is new, and ended for
+one that has gone.
 """
 
 from __future__ import annotations
@@ -187,7 +188,9 @@ class Roster:
         return worker
 
     def _tell(self, number: int, one: Served) -> None:
-        claimer = self._serving[number].claimer
+        worker = self._serving[number]
+        worker.is_gated(one.gated)
+        claimer = worker.claimer
         claimer.hands.shelf.fair = one.fair
         claimer.pause(one.paused)
 

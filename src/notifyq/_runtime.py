@@ -35,9 +35,9 @@ __all__ = ["Runtime", "run"]
 
 log = logging.getLogger("notifyq")
 
-RUNTIME_CONNECTIONS = 4
-"""For claims (one at a time), outcomes, schedules and maintenance. Handlers have a pool of their own: they may take all of
-that."""
+RUNTIME_CONNECTIONS = 6
+"""For claims (one at a time), outcomes, schedules and maintenance, and for claims and outcomes of queues with rules, which
+may wait for a gate. Handlers have a pool of their own: they may take all of that."""
 
 
 class Runtime:
@@ -71,7 +71,7 @@ class Runtime:
             lease: seconds after the last beat until other runtimes take over the jobs of one that died (at least 1).
             grace: seconds that running jobs get to end when the runtime stops; then they are cancelled and tried again.
             pool_size: most database connections of the handlers (opened when needed; idle ones are closed). The runtime
-                itself needs up to 5 more.
+                itself needs up to 5 more, or 7 where queues have rules.
             connect_timeout: seconds to reach the server at start, and later to wait for a free connection.
 
         Raises:

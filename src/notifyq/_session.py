@@ -98,7 +98,7 @@ class Session:
             settings.queues, self._make_worker, pool=pool, store=store, listener=listener, events=settings.events
         )
         self._atomic = Atomic(handlers, store, settings.id, settings.events)
-        self._turn = QuickLock()
+        self._turns = QuickLock(), QuickLock()
         self._doubt = Bell()
         self._reconnected = False
         self._strays: dict[tuple[int, int], float] = {}
@@ -121,7 +121,7 @@ class Session:
             handle=self,
             middleware=self._settings.middleware,
             events=self._events,
-            turn=self._turn,
+            turns=self._turns,
             atomic=self._atomic,
             standing=self._standing,
             gone=self._roster.look,
@@ -323,7 +323,7 @@ class Session:
             return
         known = {str(job) for job, _attempt in self._known()}
         # While a claim is under way its jobs are not known here yet.
-        if self._turn.held or self._listener.asked or not known.isdisjoint(ids.split(",")):
+        if any(turn.held for turn in self._turns) or self._listener.asked or not known.isdisjoint(ids.split(",")):
             self._heart.soon()
 
     # what a job asks of its runtime

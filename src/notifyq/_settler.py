@@ -1,5 +1,6 @@
 """Writes outcomes: whatever ended while the previous write was in flight is written with the next one.
 
+Those of queues with rules are written by themselves: they may have to wait for a gate that somebody else holds for long.
 A write is repeated until the database takes it. One outcome that it refuses does not hold up the others. What the
 fence refuses (the attempt was no longer ours) changes nothing and is reported.
 """
@@ -46,37 +47,58 @@ Entry = tuple["Outcome", str]
 
 
 class Settler:
-    """The outcomes of one runtime, all queues together."""
+    """The outcomes of one runtime, all queues without rules together, and all with rules."""
 
     def __init__(self, pool: Pool, store: Store, runtime: UUID, events: Events) -> None:
         self._pool = pool
         self._store = store
         self._runtime = runtime
         self._events = events
-        self._batcher: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
+        self._free: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
+        self._gated: Batcher[Entry] = Batcher(self._flush, limit=BATCH_MAX)
+        self._behind_gates = {""}  # by no name: of a queue that is not known
+        self.without_rules: set[str] = set()
+        """The queues of the process that have none."""
         self._random = random.Random()
 
     def put(self, outcome: Outcome, queue: str) -> bool:
         """Take an outcome; never waits. False: too many are not written yet, ``wait_room()`` before the next."""
-        self._batcher.put((outcome, queue))
-        return self._batcher.backlog < BACKLOG_MAX
+        batcher = self._batcher(queue)
+        batcher.put((outcome, queue))
+        return batcher.backlog < BACKLOG_MAX
+
+    def is_gated(self, queue: str, gated: bool) -> None:
+        """Whether a queue has rules; what was put before goes the way that it went."""
+        if gated:
+            self._behind_gates.add(queue)
+            self.without_rules.discard(queue)
+        else:
+            self._behind_gates.discard(queue)
+            self.without_rules.add(queue)
+
+    def _batcher(self, queue: str) -> Batcher[Entry]:
+        return self._gated if queue in self._behind_gates else self._free
 
     def unsettled(self) -> set[tuple[int, int]]:
         """The attempts whose outcome is not written yet, as (job, attempt)."""
-        return {(outcome.job_id, outcome.attempt) for outcome, _queue in self._batcher.pending()}
+        return {(outcome.job_id, outcome.attempt) for outcome, _ in self._free.pending() + self._gated.pending()}
 
-    async def wait_room(self) -> None:
-        """Wait while too many outcomes are not written yet."""
-        await self._batcher.wait_backlog_below(BACKLOG_MAX)
+    async def wait_room(self, queue: str) -> None:
+        """Wait while too many outcomes are not written yet of those that go with this queue's."""
+        await self._batcher(queue).wait_backlog_below(BACKLOG_MAX)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write until cancelled; then call ``close()``."""
-        task_status.started()
-        await self._batcher.run()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._gated.run)
+            nursery.start_soon(self._free.run)
+            task_status.started()
 
     async def close(self) -> None:
         """Write what is left. Cancelled: the rest is not written, and those jobs run again."""
-        await self._batcher.close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._gated.close)
+            nursery.start_soon(self._free.close)
 
     async def _flush(self, entries: list[Entry]) -> None:
         for kind in (Completed, Failed, Snoozed, Discarded, Released):

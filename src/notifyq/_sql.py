@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
+    "NOT_HELD",
     "as_ours",
     "check_option",
     "check_options",
@@ -264,6 +265,9 @@ def send_statement(schema: str) -> str:
     """A call of ``send`` in a schema, its parameters in the style of psycopg's cursors."""
     return send_call(sql.Identifier(schema, "send").as_string(None), "%s")
 
+
+NOT_HELD = "NQ007"
+"""The SQLSTATE of an attempt that is no longer its runtime's. Its error of ours has to be told which one it is."""
 
 _ERRORS: dict[str, type[NotifyqError]] = {
     "NQ001": UnknownQueue,

@@ -26,11 +26,11 @@ class Serving:
         """The queues that exist of these names and patterns, in the order in which they were made."""
         rows = await self._calls.rows(
             connection,
-            "select q.name, q.paused, q.fair, q.number, {s}.channel(q.number), q.retry_limit,"
+            "select q.name, q.paused, q.fair, q.gated, q.number, {s}.channel(q.number), q.retry_limit,"
             " coalesce(q.retention > '0', true), q.max_data_bytes from {s}.served($1::text[]) q order by q.number",
             names,
         )
-        return [Served(name, paused, fair, QueueInfo(*info)) for name, paused, fair, *info in rows]
+        return [Served(name, paused, fair, gated, QueueInfo(*info)) for name, paused, fair, gated, *info in rows]
 
     async def beat(
         self,

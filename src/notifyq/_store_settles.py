@@ -38,7 +38,11 @@ def _runs(as_of: Sequence[float | None] | None) -> tuple[list[float | None], lis
 _COMPLETE: LiteralString = (
     "select {s}.complete($1::bigint[], $2::jsonb, $3::int[], $4::uuid, " + _moments("$5", "$6") + ")"
 )
-_COMPLETE_WITHIN: LiteralString = _COMPLETE + ", set_config('idle_in_transaction_session_timeout', $7, true)"
+_SET_OUTPUT: LiteralString = "select set_config('notifyq.output', $1, true)"
+_COMPLETION: LiteralString = (
+    "select {s}.complete_or_raise({job}, current_setting({output})::jsonb, {attempt}, {runtime},"
+    " to_timestamp({as_of}::float8))"
+)
 _FAIL: LiteralString = (
     "select id, state from {s}.fail($1::bigint[], $2::jsonb, $3::int[], $4::uuid, $5::boolean[], $6::interval[],"  # noqa: S608
     + _moments("$7", "$8")
@@ -65,20 +69,29 @@ class Settles:
         attempts: Sequence[int] | None,
         runtime: UUID | None,
         as_of: Sequence[float | None] | None = None,
-        *,
-        commit_within: float | None = None,
     ) -> list[int]:
-        """Complete jobs, given by id in order. ``outputs``: a JSON array. Returns those that were still ours.
-
-        ``commit_within``: seconds after which the server ends a transaction that it was done in and that stands idle.
-        """
+        """Complete jobs, given by id in order. ``outputs``: a JSON array. Returns those that were still ours."""
         arguments: list[Any] = [jobs, outputs, attempts, runtime, *_runs(as_of)]
-        if commit_within is None:
-            ids: list[int] = await self._calls.value(connection, _COMPLETE, *arguments)
-        else:
-            milliseconds = round(commit_within * 1000)
-            ids = await self._calls.value(connection, _COMPLETE_WITHIN, *arguments, milliseconds)
-        return ids
+        return list(await self._calls.value(connection, _COMPLETE, *arguments))
+
+    async def completion(
+        self,
+        connection: TrioConnection,
+        job: int,
+        output: str,
+        attempt: int,
+        runtime: UUID,
+        *,
+        as_of: float | None,
+    ) -> bytes:
+        """The statement that completes a job in the transaction under way, or fails, with ``NOT_HELD`` if it is not ours.
+
+        It is to be sent as text, which servers log where it fails: so the output, unless it is null, goes there before it.
+        """
+        if output != "null":
+            await self._calls.rows(connection, _SET_OUTPUT, output)
+        where = None if output == "null" else "notifyq.output"
+        return self._calls.text(_COMPLETION, job=job, output=where, attempt=attempt, runtime=runtime, as_of=as_of)
 
     async def fail(
         self,

@@ -53,14 +53,15 @@ class QueueWorker:
         handle: JobHandle,
         middleware: Sequence[Middleware],
         events: Events,
-        turn: QuickLock,
+        turns: tuple[QuickLock, QuickLock],
         atomic: Atomic,
         standing: Standing,
         gone: Callable[[], object],
     ) -> None:
         """``gone`` is called when the queue was not there any longer.
 
-        ``turn`` is shared by a process's claimers: one claims at a time, so that many queues need few connections.
+        ``turns`` are shared by a process's claimers: one claims at a time, so that many queues need few connections, and
+        one of those with rules, which may have to wait for a gate.
         """
         worker = queue.worker_function
         assert worker is not None
@@ -73,7 +74,8 @@ class QueueWorker:
         self._listener = listener
         self._runtime = runtime
         self._settler = settler
-        self._turn = turn
+        self._turns = turns
+        self._gated = False
         self.claimer = Claimer(
             queue.name,
             ClaimerCalls(
@@ -96,7 +98,7 @@ class QueueWorker:
             queue,
             claimer=self.claimer,
             settle=settler.put,
-            settled=settler.wait_room,
+            settled=partial(settler.wait_room, queue.name),
             handle=handle,
             middleware=middleware,
             output_limit=info.max_data_bytes,
@@ -116,6 +118,11 @@ class QueueWorker:
         self._bound_for = 1
         self._bound = self._bind(1)
         listener.will_ask(self._bound)
+
+    def is_gated(self, gated: bool) -> None:
+        """Whether the queue has rules. Until that is known, what is done for it may hold up other queues."""
+        self._gated = gated
+        self._settler.is_gated(self.queue.name, gated)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until ``stop()``, run jobs until cancelled."""
@@ -174,7 +181,7 @@ class QueueWorker:
     # A claim that a crash of the server forgets is made again; without retries it must not run twice: claim durably.
 
     async def _claim(self, how_many: int, floors: dict[int, int] | None, due_floor: float | None) -> Haul:
-        async with self._turn, self._pool.connection() as connection:
+        async with self._turns[self._gated], self._pool.connection() as connection:
             lease_number = self._before_claim()
             self.claiming_since = trio.current_time()
             try:
@@ -201,7 +208,12 @@ class QueueWorker:
         return self._still_ours(haul, lease_number)
 
     def _claim_at_once(self, how_many: int, answered: Callable[[Haul | Exception], None]) -> bool:
-        """Send a claim on the connection that has just heard of a job, if that is free."""
+        """Send a claim on the connection that has just heard of a job, if that is free.
+
+        Not if it may have to wait for a gate, and others, which never have to, would not hear of their jobs meanwhile.
+        """
+        if self._gated and self._settler.without_rules:
+            return False
         # An idle queue asks for the same number each time.
         if how_many != self._bound_for or self._key_limit is not None:
             self._bound_for, self._bound = how_many, self._bind(how_many)
@@ -272,6 +284,6 @@ class QueueWorker:
         self.executor.lose_older(attempts)
 
     async def _next_due(self, due_floor: float | None) -> tuple[float | None, float]:
-        async with self._turn, self._pool.connection() as connection:
+        async with self._turns[self._gated], self._pool.connection() as connection:
             with answered_within(ANSWER_TIMEOUT):
                 return await self._store.next_due(connection, self.info.number, due_floor)

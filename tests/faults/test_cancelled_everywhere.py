@@ -128,12 +128,12 @@ class Work:
             return [ValueError("no") if job.data == AFTER_FAILING and job.attempt == 1 else None for job in jobs]
 
         @written.worker(concurrency=3, transaction=True)
-        async def write(job: Job[int], connection: TrioConnection) -> None:
+        async def write(job: Job[int], connection: TrioConnection) -> int:
             await connection.execute("insert into written values (%s)", (job.id,))
             with self._may_be_cancelled():
                 async with connection.transaction():
                     await connection.execute("select pg_sleep(0.001)")
-            await self._run(job)
+            return await self._run(job)
 
     @contextlib.contextmanager
     def _may_be_cancelled(self) -> Iterator[None]:
@@ -458,7 +458,7 @@ MOST_SKIPPED = 60
 PARTS = (
     *("_runtime", "_session", "_roster", "_worker", "_claimer", "_hands", "_shelf", "_executor", "_atomic", "_threads"),
     *("_settler", "_batcher", "_listener", "_standing", "_beat", "_watchdog", "_maintenance", "_scheduler", "_results"),
-    *("_pool", "_opening", "_connection", "_connect", "_declare", "_middleware", "_models", "_bell", "_lock"),
+    *("_pool", "_opening", "_connection", "_steps", "_connect", "_declare", "_middleware", "_models", "_bell", "_lock"),
 )
 """What a runtime is made of, but for its SQL."""
 
@@ -467,11 +467,13 @@ UNTRIED = {
     "_atomic.Atomic.run: async with contextlib.AsyncExitStack() as stack:",
     "_beat.Heart.run: async with self._running:",
     "_roster.Roster.begin: async with self._pool.connection() as connection:",  # nobody else has begun
-    "_atomic.Atomic._complete: await trio.lowlevel.checkpoint_if_cancelled()",
     "_claimer.Claimer._drain: await trio.lowlevel.checkpoint_if_cancelled()",
     "_connect.prepare: await connection.close()",
     "_connection.TrioConnection.wait: await trio.lowlevel.checkpoint_if_cancelled()",
-    "_connection._wait_ready: await trio.lowlevel.checkpoint_if_cancelled()",
+    "_connection.TrioConnection.wait: return await self._outlast(step)",
+    "_connection.TrioConnection._outlast: return await step.finish()",
+    "_connection.TrioConnection._outlast: await self._end_query(step)",
+    "_steps._wait_ready: await trio.lowlevel.checkpoint_if_cancelled()",
     "_connection.TrioConnection.prepare: await self._known(statement)",
     "_listener.Listener._connection: await connection.close()",
     "_runtime.Runtime.run: Pool(dsn, size=RUNTIME_CONNECTIONS, connect_timeout=self._connect_timeout) as own,",
@@ -496,9 +498,9 @@ UNTRIED = {
     "_connection.TrioConnection.fetch: async with self.lock:",
     "_connection.TrioConnection.prepare: async with self.lock:",
     "_connection.TrioConnection.fetch: return await self.fetch(statement, parameters)",
-    "_connection._wait_ready: await trio.lowlevel.wait_writable(fd)",
-    "_connection._wait_ready.race: await wait(fd)",
-    "_connection._wait_ready: async with trio.open_nursery() as nursery:",
+    "_steps._wait_ready: await trio.lowlevel.wait_writable(fd)",
+    "_steps._wait_ready.race: await wait(fd)",
+    "_steps._wait_ready: async with trio.open_nursery() as nursery:",
     "_listener.Listener._send_proof: async with self._connection() as another:",
     "_listener.Listener._send_proof: await self._store.notify(another, control, self._proof)",
     "_listener.Listener._await_answer: await connection.cancel_query()",
@@ -517,7 +519,13 @@ UNTRIED = {
     "_claimer.Claimer._wait_for_work: await self.bell.wait()",
     "_claimer.Claimer._claim_for_ever: await trio.sleep(reconnect_delay(failures, self._random))",
     "_connect.prepare: await trio.sleep(PATIENCE_PAUSE)",
+    "_connection.TrioConnection.wait: await self._end_query(step)",
+    "_connection.TrioConnection._end_query: await self.cancel_query()",
     "_connection.TrioConnection._end_query: await step.finish()",
+    (
+        "_connection.TrioConnection.cancel_query:"
+        " await trio.to_thread.run_sync(self.opened.cancel_safe, abandon_on_cancel=True)"
+    ),
     "_listener.Listener._begin: await connection.wait_input()",
     "_listener.Listener._begin: await self._hear_all(connection)",
     "_listener.Listener._begin: await self._hold_interest(connection, queue)",

@@ -321,6 +321,13 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     ledger.close()
 
 
+def test_what_was_done_and_to_whom_is_in_a_file(ledger, tmp_path):
+    ledger.note(Incident("terminated all", 2.0, 2.5))
+    ledger.note(Incident("stop", 1.0, 5.0, process="3"))
+    lines = (tmp_path / "incidents").read_text(encoding="utf-8").splitlines()
+    assert lines == ["2.000000 2.500000 - terminated all", "1.000000 5.000000 3 stop"]
+
+
 COMPLETED = {1: Found("bulk", "completed", 2, 100, None)}
 
 

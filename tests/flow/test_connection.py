@@ -285,6 +285,10 @@ def test_psycopgs_private_surface_is_what_the_driver_was_written_for():
         "savepoint_name",
         "force_rollback",
     ]
+    commits = inspect.getsource(psycopg.AsyncTransaction._commit_gen)
+    assert commits.rstrip().endswith(
+        "in self._get_commit_commands():\n            yield from self._conn._exec_command(command)"
+    )
     source = inspect.getsource(psycopg._connection_base.BaseConnection)
     for name in ("_autocommit", "notify_handler", "_pipeline"):
         assert name in source

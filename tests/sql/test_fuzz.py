@@ -272,7 +272,7 @@ and case
 end
 order by 2
 """
-OURS = ("NQ001", "NQ002", "NQ003", "NQ004", "NQ005", "NQ006")
+OURS = ("NQ001", "NQ002", "NQ003", "NQ004", "NQ005", "NQ006", "NQ007")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ FUNCTIONS = """
     say_taken(queue)               worker
     complete(jobs)                 worker             definer: moves tickets and jobs
     complete(job)                  worker
+    complete_or_raise(job)         worker
     fail(jobs)                     worker             definer: moves tickets and jobs
     fail(job)                      worker
     snooze(jobs)                   worker             definer: moves tickets

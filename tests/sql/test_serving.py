@@ -77,6 +77,8 @@ async def test_every_change_of_the_queues_rings_the_control_channel_and_nothing_
         ("select notifyq.create_queue('q', '{\"retry_limit\": 9}')", False),
         ("select notifyq.update_queue('q', '{\"retry_limit\": 9}')", False),
         ("select notifyq.update_queue('q', '{\"dead_letter\": \"dead\"}')", True),
+        ("select notifyq.update_queue('q', '{\"active_limit\": 9}')", True),
+        ("select notifyq.update_queue('q', '{\"active_limit\": 8}')", False),
         ("select notifyq.send('q')", False),
         ("select notifyq.pause('q')", True),
         ("select notifyq.pause('q')", False),
@@ -105,6 +107,8 @@ async def test_what_a_beat_tells_of_the_queues_changes_with_those_it_was_registe
     assert await changes("select notifyq.create_queue('tenant.a')")
     assert await changes("select notifyq.pause('tenant.a')")
     assert not await changes("select notifyq.pause('other')")
+    assert await changes("select notifyq.update_queue('tenant.a', '{\"key_limit\": 1}')")
+    assert not await changes("select notifyq.update_queue('tenant.a', '{\"key_limit\": 2}')")
     assert await changes("select notifyq.update_queue('other', '{\"dead_letter\": \"tenant.a\"}')")
     assert await changes("select notifyq.update_queue('other', '{\"dead_letter\": \"plain\"}')")
     assert await changes("select notifyq.delete_queue('tenant.a')")

@@ -339,6 +339,6 @@ async def _look_what_is_left(scene: Scene, verdict: Verdict, patience: float) ->
             verdict.complain(f"{count} {what} are left")
     if temporary := await _temporary_files_left(scene.server, patience):
         verdict.complain(f"temporary files of the server are left: {', '.join(temporary[:3])}")
-    known = re.compile(r"sends|log|data(\.log)?|effects-\d+|fault")
+    known = re.compile(r"sends|incidents|log|data(\.log)?|effects-\d+|fault")
     if files := [path.name for path in scene.folder.iterdir() if not known.fullmatch(path.name)]:
         verdict.complain(f"files are left: {', '.join(sorted(files)[:10])}")

@@ -145,13 +145,6 @@ class Terminate(Fault):
             await scene.workers.end(worker, signal.SIGTERM)
 
 
-STANDING = (
-    "select count(*) from pg_stat_activity where state = 'idle in transaction' and query like '%%.complete(%%'"
-    " and state_change < clock_timestamp() - interval '0.9 s'"
-)
-"""A worker that stands between its completion and the commit; others wait for it, 10 s at most."""
-
-
 class Stop(Fault):
     """SIGSTOP of a worker in the midst of a handler for twice its lease, then SIGCONT: what it settles then is refused."""
 
@@ -159,33 +152,17 @@ class Stop(Fault):
     goal = 2.5
 
     async def inflict(self, scene: Scene) -> None:
-        for _ in range(5):
-            if await self._stop(scene):
-                return
-
-    async def _stop(self, scene: Scene) -> bool:
-        """False: it stood between a completion and its commit, and nobody was free to take over."""
         if (found := await in_a_handler(scene, -HANDLER_MS)) is None:
-            return True
+            return
         worker, run = found
-        began = time.monotonic()
-        until = trio.current_time() + 2 * self.lease
-        transactions = 0
-        worker.process.send_signal(signal.SIGSTOP)
         try:
-            scene.ledger.read()
-            await trio.sleep(1)
-            with contextlib.suppress(psycopg.Error):
-                [(transactions,)] = await scene.query(STANDING)
-            scene.stopped_in_handlers += run.over is None and not transactions
-            await trio.sleep_until(until)
+            with scene.incident("stop", worker.name, waits_for="affected", job=run.job):
+                worker.process.send_signal(signal.SIGSTOP)
+                scene.ledger.read()
+                scene.stopped_in_handlers += run.over is None
+                await trio.sleep(2 * self.lease)
         finally:
-            if transactions:
-                scene.note("stop before a commit", began, worker.name)
-            else:
-                scene.note("stop", began, worker.name, waits_for="affected", job=run.job)
             worker.process.send_signal(signal.SIGCONT)
-        return not transactions
 
     def expected(self, scene: Scene) -> Iterable[str]:
         if scene.stopped_in_handlers and not scene.ledger.events["LeaseLost"]:

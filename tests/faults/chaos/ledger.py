@@ -1,4 +1,4 @@
-"""What was sent and what ran, in files outside the database.
+"""What was sent, what was done to whom, and what ran, in files outside the database.
 
 Each process appends to a file of its own, a line with one ``write()``: a killed process loses none that it has written.
 Moments are of ``time.monotonic()``, which is one clock for all processes of a machine and cannot be set.
@@ -128,10 +128,12 @@ class Ledger:
         self._read: dict[str, tuple[int, bytes]] = {}
         self._open: dict[tuple[str, int], Run] = {}
         self._file = (folder / "sends").open("a", encoding="utf-8")
+        self._incidents = (folder / "incidents").open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file of sends."""
+        """Close its own files."""
         self._file.close()
+        self._incidents.close()
 
     @contextlib.contextmanager
     def attempt(self, jobs: int) -> Iterator[None]:
@@ -155,8 +157,11 @@ class Ledger:
         return self._sent_by_queue[queue] - self.completed[queue]
 
     def note(self, incident: Incident) -> None:
-        """Something was done."""
+        """Something was done. The file is for who wants to know later what a job that ran twice had met with."""
         self.incidents.append(incident)
+        times = f"{incident.began:.6f} {incident.ended:.6f}"
+        self._incidents.write(f"{times} {incident.process or '-'} {incident.kind}\n")
+        self._incidents.flush()
 
     def read(self) -> None:
         """Read what the workers have written since the last time."""
