@@ -129,7 +129,7 @@ as $$
     select q.name from notifyq.queue q where q.number = queue_name.number
 $$;
 
--- Makes a queue. Returns 'created', 'exists' (with these options), or 'differs: …', which
+-- Makes a queue. Returns 'created', 'exists' (with these options), or 'differs: ...', which
 -- names the options that stand otherwise and changes nothing: update_queue() does.
 create or replace function notifyq.create_queue(name text, options jsonb default '{}') returns text
 language plpgsql security definer
@@ -299,6 +299,7 @@ begin
         from (select * from notifyq.blocked t where t.queue = q.number order by t.priority desc, t.number) o
     ) n
     where b.job = n.job;
+    perform pg_notify(notifyq.channel(q.number), 'look'); -- wherever somebody looked from
 end
 $$;
 
@@ -393,7 +394,7 @@ begin
         from (select b.key, count(*) as number from notifyq.blocked b where b.queue = q.number and b.parents = 0 group by b.key) k
         cross join lateral generate_series(1, least(k.number, q.slots, case when q.fair or q.key_rate_limit is not null then 1 end))
     ));
-    perform notifyq.ring_look(q);
+    perform pg_notify(notifyq.channel(q.number), 'look'); -- also what went back to its place
 end
 $$;
 

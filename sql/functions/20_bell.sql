@@ -7,7 +7,7 @@
 --
 -- One ring per queue and transaction: what already rang is remembered in a
 -- transaction-local setting, which ROLLBACK TO takes back together with the NOTIFY. Only a
--- higher priority or an earlier due time rings again.
+-- higher priority or an earlier due time rings again, and where somebody stands far another priority, once.
 
 -- The quiet bell. Commits with a NOTIFY wait for each other, so it is left out while nobody would come sooner for it: each
 -- runtime that has run dry holds 'free' shared, until it has more to do than it can. Who has written a ticket takes
@@ -79,7 +79,7 @@ $$;
 -- A runtime to which looks from the beginning of these queues are dear takes 'far' shared, on its session, or lets go of it,
 -- and learns whether it has it. It claims from where it last found something, and others then ring for what may appear below
 -- that: for what goes back to its place (ring_back()), and for all that is written in a transaction which began before the
--- statement, and may be committed late. (A statement that is parsed anew began before itself: that rings, too.)
+-- statement, and may be committed late. (By a millisecond: the messages that make up a statement come one after the other.)
 create or replace function notifyq.stand_far(queues int[], far boolean[]) returns table (queue int, stands boolean)
 language sql
 set search_path = pg_catalog, pg_temp
@@ -129,7 +129,7 @@ language plpgsql
 as $$
 declare
     rang text := coalesce(current_setting('notifyq.rang_ready', true), '');
-    late constant boolean := now() <> statement_timestamp();
+    late constant boolean := statement_timestamp() - now() > interval '1 ms';
     ticket record;
     rung int;
 begin
@@ -183,7 +183,7 @@ language plpgsql
 as $$
 declare
     rang jsonb := coalesce(nullif(current_setting('notifyq.rang_scheduled', true), ''), '{}')::jsonb;
-    late constant boolean := now() <> statement_timestamp();
+    late constant boolean := statement_timestamp() - now() > interval '1 ms';
     ticket record;
 begin
     for ticket in

@@ -148,6 +148,7 @@ declare
     live boolean;
     first_due timestamptz;
     gated boolean;
+    ageing boolean;
     jobs bigint[];
     numbers bigint[];
     attempts int[];
@@ -234,8 +235,9 @@ begin
                 order by s.due_at
                 limit 1
             ),
-            q.gated
-        into n, live, first_due, gated
+            q.gated,
+            q.ageing is not null
+        into n, live, first_due, gated, ageing
         from notifyq.queue q
         where q.name = claim.queue
         and not q.paused;
@@ -263,7 +265,7 @@ begin
             from notifyq.admit(n, claim.how_many, coalesce(claim.min_priority, (select min(p) from unnest(claim.priorities) p), -32768),
                 coalesce(claim.max_priority, (select max(p) from unnest(claim.priorities) p), 32767), claim.key_limit, claim.at_work,
                 claim.priorities, claim.floors) a;
-        elsif claim.floors is null then
+        elsif claim.floors is null or ageing then
             with gone as (
                 delete from notifyq.ready r
                 where r.ctid = any (array(

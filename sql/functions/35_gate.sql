@@ -213,7 +213,7 @@ begin
     select * into q from notifyq.queue o where o.number = admit.queue;
     room := least(room, q.active_limit - g.held, case when q.rate_limit is not null
         then notifyq.rate_room(g.starts, g.counts, q.rate_limit, q.rate_period, moment) end);
-    if admit.floors is not null and q.policy <> 'ordered' then
+    if admit.floors is not null and q.policy <> 'ordered' and q.ageing is null then
         lows := admit.priorities;
         highs := admit.priorities;
         floors := admit.floors;

@@ -135,7 +135,7 @@ $$;
 -- Makes the archive's leaves for today and the days ahead; returns how many. SECURITY DEFINER, as
 -- drop_leaf(): runtimes have no right to create tables.
 --
--- A leaf is made apart and attached, since CREATE … PARTITION OF waits for every reader while
+-- A leaf is made apart and attached, since CREATE ... PARTITION OF waits for every reader while
 -- every completion waits for it. What could not be done now is done the next time.
 create or replace function notifyq.make_leaves(days_ahead int default 3) returns int
 language plpgsql security definer

@@ -131,9 +131,14 @@ class Atomic:
             raise _RolledBack(outcome)
         if connection.pgconn.transaction_status == TransactionStatus.IDLE:
             raise RuntimeError("the handler ended the transaction that its job's completion belongs to")
-        return await self._store.completion(
-            connection, job.id, outcome.output, job.attempt, self._runtime, as_of=job._as_of
-        )
+        try:
+            return await self._store.completion(
+                connection, job.id, outcome.output, job.attempt, self._runtime, as_of=job._as_of
+            )
+        except psycopg.DatabaseError as error:
+            if (error.sqlstate or "")[:2] in DATA_ERRORS:  # characters that the database does not have
+                raise _RolledBack(output_refused(outcome, error)) from error
+            raise
 
     def _refused(self, job: Job[Any], outcome: Outcome, error: psycopg.Error) -> Outcome | None:
         """What is left to be settled where the server did not take the completion. Raises what is to fail the attempt."""

@@ -93,14 +93,16 @@ class Claimer:
             elif kind == "d":
                 if not self._due.heard(rest) or self._paused or self._watch.crowded:
                     return
+            elif kind not in ("t", "room"):
+                self.looks.ask(trio.current_time())
+                self._floor.reset()
+                self._due.unknown = True
             elif self._paused or self._watch.crowded:
                 return
             elif kind == "t":
                 self.fleet.taken(rest)
                 self._rest.deadline = self._wake_at()
                 return
-            elif kind != "room":
-                self.looks.at, self._due.unknown = -math.inf, True
         except ValueError:
             pass  # not from our trigger; look anyway
         if not asked and not self._paused:
@@ -110,8 +112,8 @@ class Claimer:
         """Notifications are heard (again) from now on, those before may have been missed; or they are heard no longer."""
         self._watch.lost(trio.current_time() if up else math.inf)
         if up:
+            self.looks.ask(trio.current_time())  # nobody was told of what appeared below the floors
             self.look_again()
-            self.looks.at = -math.inf  # however dear that is: nobody was told of what appeared below the floors
 
     def pause(self, paused: bool) -> None:
         """Claim nothing, and hand back what has not been taken; or claim again, beginning with a look."""
@@ -128,7 +130,7 @@ class Claimer:
         if self.looks.dear:
             self.looks.owed = True
         else:
-            self.looks.at = -math.inf
+            self.looks.ask(trio.current_time())
         self._due.unknown = True
         self.bell.ring()
 
@@ -166,7 +168,7 @@ class Claimer:
         finally:
             self._ending = True
             self._calls.stand_busy()
-            self._calls.stand_far(False)
+            self._calls.stand_far(None)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + ANSWER_TIMEOUT):
                 await self._wait_answered()
 
@@ -195,7 +197,8 @@ class Claimer:
         if self._watch.told or self._watch.crowded or self._refusal is not None:
             return True
         self.bell.clear()
-        self._due.learning(trio.current_time())
+        asked_at = trio.current_time()
+        self._due.learning(asked_at)
         try:
             stance = await self._calls.stand_free(self._due.since(self.looks.dear))
         except ConnectionLost:
@@ -206,7 +209,7 @@ class Claimer:
         self._due.learned(stance.due, stance.clock, now)
         if stance.ready or (stance.due is not None and stance.due <= stance.clock):
             return True
-        self.looks.at, self.looks.owed = now, False
+        self.looks.spared(asked_at, now)
         return False
 
     def _ask(self) -> bool:
@@ -302,7 +305,7 @@ class Claimer:
     def _looked(self, since: float, how_many: int, haul: Haul) -> None:
         """A claim from the beginning has ended."""
         self.looks.made(since, trio.current_time())
-        self._calls.stand_far(not self.looks.cheap)
+        self._calls.stand_far(None if self.looks.cheap else self._stands_far)
         if not haul.jobs:
             self._floor.reset()
         self._deliver(haul)
@@ -324,6 +327,10 @@ class Claimer:
         if self._events.wants(JobClaimed):
             for job in jobs:
                 self._events.emit(JobClaimed(self.queue, job.id, job.attempt))
+
+    def _stands_far(self) -> None:
+        self.looks.ask(trio.current_time())  # for what appeared below the floors before that
+        self.bell.ring()
 
     async def _learn_due(self) -> None:
         self._due.learning(trio.current_time())

@@ -30,8 +30,9 @@ class ClaimerCalls:
     raises ``ConnectionLost`` if that can't be."""
     stand_busy: Callable[[], object]
     """After that senders do not ring."""
-    stand_far: Callable[[bool], object]
-    """Whether looks from the beginning are dear, so that it has to be told of what goes back to its place."""
+    stand_far: Callable[[Callable[[], object] | None], object]
+    """Looks from the beginning are dear, so that it has to be told of what appears below the floors. What is given is called
+    when others begin to tell. None: no longer."""
     say_taken: Callable[[str], object]
     """``say_taken(numbers)`` tells other runtimes what they need not look for."""
     release: Callable[[Claimed], object]

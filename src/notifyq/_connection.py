@@ -303,6 +303,12 @@ class Transaction(psycopg.AsyncTransaction):
         """
         self._last = statement, committing
 
+    async def __aexit__(self, *exception: Any) -> bool:
+        # psycopg's does nothing then, and raises nothing.
+        if self._last is not None and exception[0] is None and self.pgconn.status != pq.ConnStatus.OK:
+            raise psycopg.OperationalError("the connection had been lost before")
+        return await super().__aexit__(*exception)
+
     def _commit_gen(self) -> Generator[Any, Any, None]:
         yield from super()._commit_gen()
         if self._last is None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ._answers import Claimed
 
 __all__ = ["Floor", "Looks", "Rate", "demand"]
@@ -89,7 +91,13 @@ class Floor:
 
     def claimed(self, jobs: list[Claimed], now: float) -> None:
         """Tickets up to these numbers were claimed; the floor follows a second later."""
-        for job in (jobs[0], jobs[-1]):
+        ends: Iterable[Claimed] = (jobs[0], jobs[-1])
+        if jobs[0].priority != jobs[-1].priority:  # the first and the last of each
+            ends = [
+                *{job.priority: job for job in reversed(jobs)}.values(),
+                *{job.priority: job for job in jobs}.values(),
+            ]
+        for job in ends:
             samples = self._samples.setdefault(job.priority, deque())
             if not samples or samples[-1][1] < job.number:
                 samples.append((now, job.number))
@@ -111,6 +119,8 @@ class Looks:
     at: float = -math.inf
     owed: bool = False
     """It rests without one, since they are dear: what lies below the floor, untold of, has to wait until one is due."""
+    _since: float = -math.inf
+    _asked_at: float = -math.inf
     _last: float = 0.0
     _before: float = 0.0
 
@@ -134,9 +144,18 @@ class Looks:
         """When to make the one that is owed."""
         return self._due_at if self.owed else math.inf
 
+    def ask(self, now: float) -> None:
+        """One is wanted that begins after now, however dear it is."""
+        self._asked_at = now
+
     def made(self, since: float, now: float) -> None:
         """One was begun then, and has ended, or was not answered in time."""
-        self.at, self._last, self._before, self.owed = now, now - since, self._last, False
+        self._last, self._before = now - since, self._last
+        self.spared(since, now)
+
+    def spared(self, since: float, now: float) -> None:
+        """It is known without one that there was nothing then."""
+        self.at, self._since, self.owed = now, since, False
 
     def is_due(self, now: float) -> bool:
         """It is time for another one, though busy."""
@@ -144,6 +163,8 @@ class Looks:
 
     @property
     def _due_at(self) -> float:
+        if self._asked_at >= self._since:
+            return -math.inf
         return self.at + min(max(LOOK_EVERY, self.seconds / LOOK_SHARE), LOOK_LATEST)
 
 

@@ -16,6 +16,8 @@ from ._bell import Bell
 from ._errors import ConnectionLost
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._answers import Stance
     from ._connection import TrioConnection
     from ._listener import Listener
@@ -41,7 +43,7 @@ class Standing:
         self._store = store
         self._wanted: set[int] = set()
         self._held: set[int] = set()
-        self._far: set[int] = set()
+        self._far: dict[int, Callable[[], object]] = {}
         self._far_held: set[int] = set()
         self._asked: dict[int, _Question] = {}
         self._taken: list[tuple[int, str]] = []
@@ -64,13 +66,13 @@ class Standing:
         self._wanted.discard(queue)
         self._bell.ring()
 
-    def far(self, queue: int, far: bool) -> None:
-        """Stand far, soon: looks from the beginning are dear to this process. Or no longer. Said again, it tries again."""
-        if far:
-            self._far.add(queue)
+    def far(self, queue: int, stands: Callable[[], object] | None) -> None:
+        """Stand far, soon, since looks from the beginning are dear: ``stands`` is called when it does. None: no longer."""
+        if stands is not None:
+            self._far[queue] = stands
         else:
-            self._far.discard(queue)
-        if self._far != self._far_held:
+            self._far.pop(queue, None)
+        if self._far.keys() != self._far_held:
             self._bell.ring()
 
     def say_taken(self, queue: int, numbers: str) -> None:
@@ -82,7 +84,7 @@ class Standing:
         """Let go of what is not wanted any longer, and say what is taken, until cancelled."""
         task_status.started()
         while True:
-            with trio.move_on_after(AGAIN if self._far - self._far_held else math.inf):
+            with trio.move_on_after(AGAIN if self._far.keys() != self._far_held else math.inf):
                 await self._bell.wait()
             self._bell.clear()
             try:
@@ -111,11 +113,14 @@ class Standing:
         if gone := self._held - self._wanted:
             self._held -= gone
             await self._store.stand_busy(connection, list(gone))
-        if changed := list(self._far ^ self._far_held):
+        if changed := list(self._far.keys() ^ self._far_held):
             stands = await self._store.stand_far(connection, changed, [queue in self._far for queue in changed])
-            self._far_held = {
-                queue for queue in self._far_held | self._far if stands.get(queue, queue in self._far_held)
-            }
+            self._far_held.difference_update(changed)
+            for queue in changed:
+                if stands[queue]:
+                    self._far_held.add(queue)
+                    if queue in self._far:
+                        self._far[queue]()
 
     def _connected(self) -> None:
         self._lost()

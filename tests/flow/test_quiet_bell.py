@@ -16,6 +16,7 @@ from notifyq import Job, Queue, _claimer, _fleet
 from notifyq._answers import Claimed
 from notifyq._fleet import Fleet
 from notifyq._opening import open_connection
+from notifyq._standing import Standing
 from notifyq._store import Store
 from notifyq._watch import MOST_RINGS, RINGS, Watch
 from notifyq._worker import QueueWorker
@@ -332,8 +333,8 @@ UNTOLD = """
 """What is sent in this transaction rings for nobody."""
 
 
-async def until_it_stands_far(connection) -> None:
-    far = b"""
+async def until_it_stands_far(connection, far: bool = True) -> None:
+    standing = b"""
         select exists (
             select from pg_locks l
             where l.locktype = 'advisory' and l.mode = 'ShareLock'
@@ -341,7 +342,7 @@ async def until_it_stands_far(connection) -> None:
         )
     """
     with trio.fail_after(10):
-        while await (await connection.execute(far)).fetchone() == (False,):
+        while await (await connection.execute(standing)).fetchone() != (far,):
             await trio.sleep(0.01)
 
 
@@ -384,18 +385,10 @@ async def test_what_a_long_transaction_leaves_below_the_floor_is_told_of_though_
     await seen.wait(JobCompleted, 3, seconds=5)
 
 
-async def test_who_could_not_stand_far_tries_again(start, nq, connection, monkeypatch):
+async def test_who_could_not_stand_far_tries_again_and_then_looks(start, nq, connection, other, monkeypatch):
     monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
     monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
-    told = trio.Event()
-    stand_far = Store.stand_far
-
-    async def counted(self: Store, *args: Any) -> Any:
-        answer = await stand_far(self, *args)
-        told.set()
-        return answer
-
-    monkeypatch.setattr(Store, "stand_far", counted)
     queue = Queue("q", int, int)
 
     @queue.worker(poll_interval=HOUR)
@@ -407,11 +400,50 @@ async def test_who_could_not_stand_far_tries_again(start, nq, connection, monkey
         await connection.execute(
             b"select pg_advisory_xact_lock(notifyq.lock_class('far'), number % 64) from notifyq.queue"
         )
-        await start(queue, lease=HOUR)
+        seen = await start(queue, lease=HOUR)
         await nq.send(queue, 1)
-        with trio.fail_after(10):
-            await told.wait()
+        await seen.wait(JobCompleted, 1)
+        async with other.transaction():
+            await other.execute(UNTOLD.encode())
+            await nq.send(queue, 2, connection=other)
+            await nq.send(queue, 3)
+            await seen.wait(JobCompleted, 2)
     await until_it_stands_far(connection)
+    await seen.wait(JobCompleted, 3, seconds=5)
+
+
+async def test_who_stands_far_no_longer_by_the_time_that_it_does_lets_go(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
+    standings: list[tuple[Standing, int]] = []
+    far, stand_far = Standing.far, Store.stand_far
+    stood = trio.Event()
+
+    def noted(self: Standing, number: int, stands: Any) -> None:
+        standings.append((self, number))
+        far(self, number, stands)
+
+    async def interrupted(self: Store, *args: Any) -> Any:
+        answer = await stand_far(self, *args)
+        if not stood.is_set():
+            stood.set()
+            far(*standings[-1], None)
+        return answer
+
+    monkeypatch.setattr(Standing, "far", noted)
+    monkeypatch.setattr(Store, "stand_far", interrupted)
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue, lease=HOUR)
+    await nq.send(queue, 1)
+    await seen.wait(JobCompleted)
+    with trio.fail_after(10):
+        await stood.wait()
+    await until_it_stands_far(connection, far=False)
 
 
 async def test_a_new_listening_connection_is_followed_by_a_look_from_the_beginning_though_that_is_dear(

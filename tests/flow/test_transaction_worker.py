@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -14,6 +15,8 @@ from notifyq import Connection, Job, Queue
 from notifyq._models import Completed
 from notifyq._verdict import judge
 from notifyq.events import JobCancelled, JobClaimed, JobCompleted, JobFailed, JobSnoozed, LeaseLost, ServerTrouble
+from notifyq.testing import with_database
+from tests.conftest import Seen
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -326,6 +329,42 @@ async def test_a_backend_killed_in_the_commit_leaves_it_to_the_fence_which_runs_
     assert "while the handler's transaction was committed" in event.message
     assert (await nq.get(sent)).attempt == 2
     assert await written() == [1]
+
+
+async def test_an_attempt_whose_connection_the_handler_has_lost_without_a_word_is_not_completed(start, nq, written):
+    async def write_once_more(job: Job[int], connection: Connection) -> None:
+        await connection.execute("insert into written values (%s)", (job.attempt,))
+        if job.attempt == 1:
+            with contextlib.suppress(psycopg.Error):
+                await connection.execute("select pg_terminate_backend(pg_backend_pid())")
+
+    queue = queue_of(write_once_more, output=Any)
+    seen = await start(queue)
+    sent = await nq.send(queue, 1)
+    [event] = await seen.wait(JobCompleted, seconds=20)
+    assert event.attempt == 2
+    assert [failed.type for failed in seen.of(JobFailed)] == ["ConnectionLost"]
+    assert await written() == [2]
+    assert (await nq.get(sent)).state == "completed"
+
+
+async def test_an_output_that_the_database_has_no_characters_for_fails_the_job_at_once(server):
+    async def say(_: Job[int], __: Connection) -> str:
+        return "\N{SNOWMAN}"
+
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute("create database latin encoding 'LATIN1' locale 'C' template template0")
+    queue = queue_of(say, output=str, retry_limit=5)
+    runtime = notifyq.Runtime([queue], dsn=with_database(server, "latin"))
+    seen = Seen(runtime)
+    async with trio.open_nursery() as nursery:
+        client = await nursery.start(runtime.run)
+        await client.send(queue, 1)
+        [event] = await seen.wait(JobFailed, seconds=20)
+        assert (event.type, event.state, event.attempt) == ("output_invalid", "failed", 1)
+        nursery.cancel_scope.cancel()
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute("drop database latin with (force)")
 
 
 async def test_a_commit_that_was_done_and_not_answered_is_not_undone_by_failing_it(start, nq, written, monkeypatch):

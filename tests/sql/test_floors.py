@@ -91,7 +91,14 @@ async def test_who_stands_free_with_a_floor_looks_only_at_what_was_due_since(que
 
 
 @pytest.mark.parametrize(
-    ("options", "found"), [({"key_limit": 1}, False), ({"fair": True}, False), ({"policy": "ordered"}, True)]
+    ("options", "found"),
+    [
+        ({"key_limit": 1}, False),
+        ({"fair": True}, False),
+        ({"policy": "ordered"}, True),
+        ({"key_limit": 1, "ageing": 60}, True),
+        ({"ageing": 60}, True),
+    ],
 )
 async def test_a_claim_with_rules_leaves_out_what_is_below_its_floor_unless_the_order_is_strict(
     queue, claim, ask, options, found
@@ -100,7 +107,8 @@ async def test_a_claim_with_rules_leaves_out_what_is_below_its_floor_unless_the_
     [(below,)] = await ask("select notifyq.send('q', key => 'a')")
     [(high,)] = await ask("select notifyq.send('q', key => 'b', priority => 5)")
     [(above,)] = await ask("select notifyq.send('q', key => 'c')")
-    jobs, _ = await claim({0: above, 5: 0})
+    [(floor,)] = await ask("select number from notifyq.ready where job = %s", above)
+    jobs, _ = await claim({0: floor, 5: 0})
     assert jobs == ([high, below, above] if found else [high, above])
     assert (await claim())[0] == ([] if found else [below])
 
@@ -199,7 +207,7 @@ async def test_what_a_longer_transaction_writes_rings_for_each_priority_if_someb
 
     async def send_all_in_one() -> set[str]:
         async with connection.transaction():
-            await connection.execute(b"select 1")
+            await connection.execute(b"select pg_sleep(0.002)")
             for send in sends:
                 await connection.execute(send)
         return await rung()
@@ -212,7 +220,7 @@ async def test_what_a_longer_transaction_writes_rings_for_each_priority_if_someb
         f"r:{priority}:{last + sent}" for sent, priority in enumerate((0, 5, 2, None, 9), 1) if priority is not None
     }
     async with connection.transaction():
-        await connection.execute(b"select notifyq.send('q', priority => 5)")
+        await connection.execute(b"select notifyq.send('q', priority => 5), pg_sleep(0.002)")
         await ask('select notifyq.send_many(\'q\', \'[{"priority": 9}, {"priority": 1}, {"priority": 5}]\')')
     assert {payload.rpartition(":")[0] for payload in await rung()} == {"r:5", "r:9", "r:1"}
 
@@ -223,13 +231,21 @@ async def test_also_what_it_puts_off(queue, store, other, connection, rung):
 
     async def send() -> set[str]:
         async with connection.transaction():
-            await connection.execute(b"select 1")
+            await connection.execute(b"select pg_sleep(0.002)")
             await connection.execute(b"select notifyq.send('q', due_at => now() + '1 hour')")
         return {payload[:2] for payload in await rung()}
 
     assert await send() == set()
     assert await store.stand_far(other, [number], [True]) == {number: True}
     assert await send() == {"d:"}
+
+
+@pytest.mark.parametrize("rules", ['{"key_limit": 2}', '{"ageing": 60}'])
+async def test_new_rules_have_everybody_look_from_the_beginning(queue, ask, rung, rules):
+    await queue()
+    await rung()
+    await ask("select notifyq.update_queue('q', %s)", rules)
+    assert "look" in await rung()
 
 
 async def test_a_beat_that_does_not_look_still_tells_of_cancel_requests(queue, connection, store, claim, ask):

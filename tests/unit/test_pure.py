@@ -129,6 +129,29 @@ def test_what_a_ring_lowered_is_not_raised_by_what_was_claimed_before():
     assert floor.numbers == {0: 40}
 
 
+def test_the_floor_knows_each_priority_of_a_haul():
+    floor = Floor()
+    for second, at in enumerate((10, 20)):
+        floor.claimed([claimed(at + n, priority) for priority in (9, 5, 0) for n in range(3)], now=100.0 + 2 * second)
+    assert floor.numbers == {9: 12, 5: 12, 0: 12}
+
+
+def test_a_look_that_was_asked_for_while_one_was_under_way_is_still_due():
+    looks = Looks()
+    looks.made(0.0, 10.0)
+    looks.made(100.0, 110.0)
+    assert not looks.is_due(120.0)
+    looks.ask(130.0)
+    assert looks.is_due(130.0)
+    looks.made(129.0, 140.0)
+    assert looks.is_due(140.0)
+    looks.made(140.0, 150.0)
+    assert not looks.is_due(150.0)
+    looks.ask(151.0)
+    looks.spared(152.0, 153.0)
+    assert not looks.is_due(153.0)
+
+
 def test_looks_are_put_off_for_five_minutes_at_most():
     looks = Looks()
     looks.made(0.0, 10.0)
@@ -507,9 +530,15 @@ async def test_a_ring_lowers_the_floor_also_in_a_pause():
     claimer.heard("r:0:100")
     claimer.pause(True)
     claimer.bell.clear()
-    for payload in ("r:0:7", "d:5.0", "room", "look", "t:1", "nonsense"):
+    for payload in ("r:0:7", "d:5.0", "room", "t:1"):
         claimer.heard(payload)
     assert claimer._floor.numbers == {0: 7}
+    claimer.looks.made(trio.current_time(), trio.current_time())
+    await trio.sleep(0.001)
+    for payload in ("look", "nonsense"):
+        claimer.heard(payload)
+    assert claimer._floor.numbers == {}
+    assert claimer.looks.is_due(-math.inf)
     assert not claimer.bell.rung
 
 
