@@ -421,7 +421,8 @@ async def test_who_stands_far_no_longer_by_the_time_that_it_does_lets_go(start, 
 
     def noted(self: Standing, number: int, stands: Any) -> None:
         standings.append((self, number))
-        far(self, number, stands)
+        if not stood.is_set():  # after that looks are cheap
+            far(self, number, stands)
 
     async def interrupted(self: Store, *args: Any) -> Any:
         answer = await stand_far(self, *args)
