@@ -329,8 +329,9 @@ class Claimer:
                 self._events.emit(JobClaimed(self.queue, job.id, job.attempt))
 
     def _stands_far(self) -> None:
-        self.looks.ask(trio.current_time())  # for what appeared below the floors before that
-        self.bell.ring()
+        if self.looks.dear:  # else one comes soon
+            self.looks.ask(trio.current_time())  # for what appeared below the floors before that
+            self.bell.ring()
 
     async def _learn_due(self) -> None:
         self._due.learning(trio.current_time())
