@@ -20,7 +20,7 @@ from psycopg.pq import TransactionStatus
 from ._errors import ConnectionLost, NotifyqError
 from ._lock import QuickLock
 from ._models import Completed, Failed, Released
-from ._settler import DATA_ERRORS, output_refused
+from ._settler import is_refused, output_refused
 from ._sql import NOT_HELD, is_connection_loss, raise_as_ours
 from .events import JobCompleted, LeaseLost
 
@@ -136,13 +136,13 @@ class Atomic:
                 connection, job.id, outcome.output, job.attempt, self._runtime, as_of=job._as_of
             )
         except psycopg.DatabaseError as error:
-            if (error.sqlstate or "")[:2] in DATA_ERRORS:  # characters that the database does not have
+            if is_refused(error):  # characters that the database does not have
                 raise _RolledBack(output_refused(outcome, error)) from error
             raise
 
     def _refused(self, job: Job[Any], outcome: Outcome, error: psycopg.Error) -> Outcome | None:
         """What is left to be settled where the server did not take the completion. Raises what is to fail the attempt."""
-        if isinstance(error, psycopg.DatabaseError) and (error.sqlstate or "")[:2] in DATA_ERRORS:
+        if is_refused(error):
             return output_refused(outcome, error)
         if error.sqlstate != NOT_HELD:
             raise_as_ours(error)

@@ -211,5 +211,7 @@ class Roster:
             with contextlib.suppress(ConnectionLost):
                 await self._listener.forget(worker.info.channel)
         await worker.stop()
+        if all(other.queue.name != worker.queue.name for other in self._serving.values()):
+            worker.forget()
         self._scopes.pop(worker).cancel()
         self._leaving.remove(worker)

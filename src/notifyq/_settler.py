@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ._store import Store
     from .events import Events
 
-__all__ = ["DATA_ERRORS", "Settler", "output_refused"]
+__all__ = ["Settler", "is_refused", "output_refused"]
 
 BATCH_MAX = 1000
 """Outcomes in one write. Larger ones gain nothing and hold their jobs' slots longer."""
@@ -75,6 +75,11 @@ class Settler:
         else:
             self._behind_gates.discard(queue)
             self.without_rules.add(queue)
+
+    def forget(self, queue: str) -> None:
+        """A queue is served no longer, and all of it has been put."""
+        self._behind_gates.discard(queue)
+        self.without_rules.discard(queue)
 
     def _batcher(self, queue: str) -> Batcher[Entry]:
         return self._gated if queue in self._behind_gates else self._free
@@ -128,7 +133,7 @@ class Settler:
         try:
             settled = await self._settle([outcome for outcome, _ in entries], connection)
         except psycopg.DatabaseError as error:
-            if (error.sqlstate or "")[:2] not in DATA_ERRORS:
+            if not is_refused(error):
                 raise
             if len(entries) == 1:
                 await self._refused(connection, entries[0], error)
@@ -197,7 +202,12 @@ class Settler:
                 emit(JobCancelled(queue, job, attempt))
 
 
-def output_refused(outcome: Outcome, error: psycopg.DatabaseError) -> Failed:
+def is_refused(error: psycopg.Error) -> bool:
+    """Whether it is the outcome's own fault, so that it would be refused each time."""
+    return (error.sqlstate or "")[:2] in DATA_ERRORS
+
+
+def output_refused(outcome: Outcome, error: psycopg.Error) -> Failed:
     """The outcome instead of one that the database does not take."""
     text = str(error).split("\n")[0][:500].replace("\x00", "")
     return Failed(outcome.job_id, outcome.attempt, "output_invalid", text, final=True, as_of=outcome.as_of)

@@ -124,6 +124,10 @@ class QueueWorker:
         self._gated = gated
         self._settler.is_gated(self.queue.name, gated)
 
+    def forget(self) -> None:
+        """The queue is served no longer, by nobody else of this name either."""
+        self._settler.forget(self.queue.name)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until ``stop()``, run jobs until cancelled."""
         async with trio.open_nursery() as nursery:

@@ -81,6 +81,7 @@ def crowd(server: Server, tmp_path: Path) -> Iterator[Callable[[], None]]:
 async def test_a_job_costs_fifty_idle_processes_few_claims(server: Server, crowd: Callable[[], None]):
     connection = await open_connection(server.dsn)
     await _schema.apply(connection, "notifyq")
+    await connection.close()
     queue = Queue("q", int, int)
     log = server.data.with_name(server.data.name + ".log")
 
@@ -101,4 +102,3 @@ async def test_a_job_costs_fifty_idle_processes_few_claims(server: Server, crowd
                 while server.query("select min(beat_at) > %s from notifyq.runtime", asked) != [(True,)]:
                     await trio.sleep(0.1)
     assert JOBS <= claims() - before <= JOBS * MOST_CLAIMS
-    await connection.close()

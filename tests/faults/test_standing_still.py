@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from notifyq import Job, Queue
 from notifyq._worker import QueueWorker
@@ -15,6 +16,7 @@ from tests.faults.test_cancelled import value
 from tests.faults.test_dying import Process
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from notifyq import Client, Connection
@@ -131,3 +133,45 @@ async def test_a_transaction_that_holds_the_gate_of_a_queue_holds_up_no_queue_wi
                 assert await nq.result(await nq.send(plain, data)) == data
         assert [event.queue for event in await seen.wait(JobCompleted, 10)] == ["plain"] * 10
     await seen.wait(JobCompleted, 12)
+
+
+async def test_once_the_queues_without_rules_have_gone_those_with_rules_claim_at_once_again(
+    start: Start, nq: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruled, plain = Queue("ruled", int, int, key_limit=1), Queue("plain.*", int, int)
+    at_once: list[bool] = []
+    forgot, claim, forget = trio.Event(), QueueWorker._claim_at_once, QueueWorker.forget
+
+    def noted(worker: QueueWorker, how_many: int, answered: Any) -> bool:
+        at_once.append(claim(worker, how_many, answered))
+        return at_once[-1]
+
+    def told(worker: QueueWorker) -> None:
+        forget(worker)
+        forgot.set()
+
+    monkeypatch.setattr(QueueWorker, "_claim_at_once", noted)
+    monkeypatch.setattr(QueueWorker, "forget", told)
+
+    @ruled.worker
+    @plain.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    await nq.create_queue(Queue("plain.one", int, int))
+    seen = await start(ruled, plain)
+
+    async def send_until(enough: Callable[[], bool]) -> None:
+        with trio.fail_after(20):
+            while not enough():
+                sent = len(seen.of(JobCompleted))
+                await nq.send(ruled, 1, key="k")
+                await seen.wait(JobCompleted, sent + 1)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+
+    await send_until(lambda: len(at_once) >= 5)
+    assert not any(at_once)
+    await nq.delete_queue("plain.one")
+    with trio.fail_after(5):
+        await forgot.wait()
+    await send_until(lambda: any(at_once))  # not each time: the connection that heard of the job may be in use

@@ -17,6 +17,7 @@ from notifyq import Queue, bench
 from notifyq.bench import __main__ as command
 from notifyq.bench._one_line import run as run_command
 from notifyq.bench._options import ALL, PLOTTED, doubts
+from notifyq.bench._parts import CannotMeasure
 from notifyq.bench._plots import is_installed
 from notifyq.bench._report import write
 from notifyq.bench._sustained import last_over_first
@@ -32,7 +33,7 @@ TINY = {
     "flows": (),
     "senders": ("--senders=3", "--seconds=1"),
     "sustained": ("--seconds=1",),
-    "pinned": ("--seconds=1",),
+    "pinned": ("--seconds=3",),
     "idle": ("--seconds=1", "--queues=3"),
     "backlog": ("--backlog=20000", "--seconds=1"),
     "queues": ("--queues=3",),
@@ -251,6 +252,8 @@ def test_the_last_of_a_run_is_compared_with_its_first():
     """A sixth of it, or a minute of one that is longer than that."""
     assert last_over_first([10.0, 10.0, *[0.0] * 8, 5.0, 5.0], 2.0) == 0.5
     assert last_over_first([10.0] * 60 + [0.0] * 480 + [5.0] * 60, 600.0) == 0.5
+    with pytest.raises(CannotMeasure, match="nothing was completed in the first part of 2 s: give --seconds more"):
+        last_over_first([0.0, 0.0, *[5.0] * 10], 2.0)
 
 
 def test_samples_are_written_on_one_line(tmp_path: Path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from notifyq import Job, Queue, _claimer, _fleet
 from notifyq._answers import Claimed
@@ -47,6 +48,16 @@ async def until(condition: Any, seconds: float = 10) -> None:
     with trio.fail_after(seconds):
         while not condition():
             await trio.sleep(0.001)
+
+
+def echo(name: str = "q", **options: Any) -> Queue[int, int]:
+    queue = Queue(name, int, int, **options)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    return queue
 
 
 def held(gate: trio.Event, concurrency: int = 1) -> Queue[int, int]:
@@ -389,12 +400,7 @@ async def test_who_could_not_stand_far_tries_again_and_then_looks(start, nq, con
     monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
     monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
     monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.data
-
+    queue = echo()
     await nq.create_queue(queue)
     async with connection.transaction():  # somebody tests it
         await connection.execute(
@@ -410,6 +416,33 @@ async def test_who_could_not_stand_far_tries_again_and_then_looks(start, nq, con
             await seen.wait(JobCompleted, 2)
     await until_it_stands_far(connection)
     await seen.wait(JobCompleted, 3, seconds=5)
+
+
+async def test_who_begins_to_stand_far_does_not_look_where_looks_are_not_dear(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
+    monkeypatch.setattr("notifyq._demand.DEAR", -1e9)  # neither cheap nor dear
+    queues = echo("a"), echo("b")
+    claims: list[str] = []
+    before_claim = QueueWorker._before_claim
+
+    def counted(self: QueueWorker) -> int:
+        claims.append(self.queue.name)
+        return before_claim(self)
+
+    seen = await start(*queues, lease=HOUR)
+    await nq.send(queues[0], 1)
+    await seen.wait(JobCompleted)
+    await until_it_stands_far(connection)
+    await trio.testing.wait_all_tasks_blocked(0.2)
+    monkeypatch.setattr(QueueWorker, "_before_claim", counted)
+    await connection.execute(
+        b"select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'notifyq listener'"
+    )
+    await seen.wait(ListenerUp, 2)
+    await until_it_stands_far(connection)
+    await nq.send(queues[1], 2)
+    await seen.wait(JobCompleted, 2)
+    assert set(claims) == {"b"}
 
 
 async def test_who_stands_far_no_longer_by_the_time_that_it_does_lets_go(start, nq, connection, monkeypatch):
@@ -433,12 +466,7 @@ async def test_who_stands_far_no_longer_by_the_time_that_it_does_lets_go(start, 
 
     monkeypatch.setattr(Standing, "far", noted)
     monkeypatch.setattr(Store, "stand_far", interrupted)
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.data
-
+    queue = echo()
     seen = await start(queue, lease=HOUR)
     await nq.send(queue, 1)
     await seen.wait(JobCompleted)
@@ -493,12 +521,7 @@ async def test_a_look_from_the_beginning_without_an_answer_is_not_made_again_and
         return await claim(self, *args, floors=floors, **options)
 
     monkeypatch.setattr(Store, "claim", claim_from_floors)
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.data
-
+    queue = echo()
     seen = await start(queue, lease=HOUR)
     await nq.send(queue, 1)
     await seen.wait(JobCompleted, 1)
@@ -509,12 +532,7 @@ async def test_a_due_time_that_nobody_told_of_is_learned_with_a_beat_though_it_d
 ):
     monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
     monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.data
-
+    queue = echo()
     seen = await start(queue, lease=1.0)
     await nq.send(queue, 1)
     await seen.wait(JobCompleted, 1)
@@ -532,12 +550,7 @@ async def test_what_an_end_puts_back_below_the_floor_is_claimed_though_nobody_st
     monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
     monkeypatch.setattr("notifyq._demand.TRAIL_SECONDS", 0.0)
     monkeypatch.setattr("notifyq._demand.LOOK_EVERY", HOUR)
-    queue = Queue("q", int, int, policy="singleton")
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.data
-
+    queue = echo(policy="singleton")
     await nq.create_queue(queue)
     held = await nq.send(queue, 1, key="k")
     await connection.execute(b"select notifyq.claim('q')")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from ._parts import Found, Role, Settings, Tell, clear, part_of
+from ._parts import CannotMeasure, Found, Role, Settings, Tell, clear, part_of
 from ._sql import SAMPLED_PICKUPS, TAKE_SNAPSHOT
 from ._steady import CHUNK
 
@@ -92,8 +92,10 @@ def pinned(settings: Settings, tell: Tell) -> Found:
 
 
 def last_over_first(rates: list[float], seconds: float) -> float:
-    """The last sixth of a run, or its last minute if that is less, over the first."""
+    """The last sixth of a run, or its last minute if that is less, over the first. Raises ``CannotMeasure``."""
     count = max(1, round(len(rates) * min(1 / 6, 60 / seconds)))
+    if not any(rates[:count]):
+        raise CannotMeasure(f"nothing was completed in the first part of {seconds:g} s: give --seconds more")
     return statistics.mean(rates[-count:]) / statistics.mean(rates[:count])
 
 
