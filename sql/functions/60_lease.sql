@@ -37,7 +37,7 @@ $$;
 -- another number than before when some schedule was made, changed or removed. clock: the server's. serves:
 -- changes when one of the queues it was registered for is made, deleted, paused, resumed, made fair or given rules: see served(). fleet: how
 -- many live runtimes are registered for the same, this one included; place: how many of them come before it.
--- look: false leaves out what reads all that is ready, due and active: held and ready are null, and due_in is empty.
+-- look: false leaves out what reads all that is ready and due: ready is null, and due_in is empty.
 --
 -- Locks: the runtime's row.
 create or replace function notifyq.beat(
@@ -47,7 +47,6 @@ create or replace function notifyq.beat(
     highs int[] default null,
     look boolean default true,
     out renewed boolean,
-    out held int,
     out cancels bigint[],
     out ready int[],
     out due_in jsonb,
@@ -83,7 +82,6 @@ begin
     into serves
     from notifyq.served(registered_for) s;
     cancels := array(select a.job from notifyq.active a where a.runtime = beat.runtime and a.cancel_requested_at is not null);
-    held := case when beat.look then (select count(*) from notifyq.active a where a.runtime = beat.runtime) end;
     select case when beat.look then coalesce(array_agg(n.queue) filter (where n.standing or n.due <= clock_timestamp()), '{}') end,
         coalesce(jsonb_object_agg(n.queue, extract(epoch from n.due - clock_timestamp())) filter (where n.due is not null), '{}')
     into ready, due_in
@@ -122,6 +120,8 @@ as $$
 $$;
 
 -- The jobs a runtime still holds: after a reconnect it cancels the handlers of all others.
+--
+-- Reads all of active, as deregister() does: an index by runtime would be written with every claim, and read in trouble only.
 create or replace function notifyq.held(runtime uuid) returns table (job bigint, attempt int, claimed_at timestamptz)
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -222,26 +222,28 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
+    jobs bigint[];
     lost notifyq.active[];
 begin
-    perform from notifyq.runtime r where r.id = deregister.runtime for update;
-    perform notifyq.lock_gates(array(select a.job from notifyq.active a where a.runtime = deregister.runtime));
+    perform from notifyq.runtime r where r.id = deregister.runtime for update; -- from here on it claims nothing
+    jobs := array(select h.job from notifyq.held(deregister.runtime) h order by h.job);
+    perform notifyq.lock_gates(jobs);
     select array_agg(a) into lost
-    from notifyq.leave_active(array(select a.job from notifyq.active a where a.runtime = deregister.runtime), null, deregister.runtime) a;
+    from notifyq.leave_active(jobs, null, deregister.runtime) a;
     delete from notifyq.runtime r where r.id = deregister.runtime;
     return query
     select * from notifyq.recover(lost);
 end
 $$;
 
--- The active jobs whose deadline has passed. No index has the deadlines, so all of the table is read: page by page, and not in
--- the order of another index, which its callers' settings would lead to.
-create or replace function notifyq.past_deadline(moment timestamptz) returns table (job bigint, queue int)
+-- The active jobs of dead runtimes, and those whose deadline has passed. No index has either, so all of the table is read: page
+-- by page, and not in the order of another index, which its callers' settings would lead to.
+create or replace function notifyq.lapsed(dead uuid[], moment timestamptz) returns table (job bigint, queue int, runtime uuid)
 language sql stable
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = on
 as $$
-    select a.job, a.queue from notifyq.active a where a.deadline < past_deadline.moment
+    select a.job, a.queue, a.runtime from notifyq.active a where a.deadline < lapsed.moment or a.runtime = any (lapsed.dead)
 $$;
 
 -- Recovers what runtimes with a lapsed lease hold, and jobs past their deadline (claims by
@@ -253,7 +255,7 @@ $$;
 -- something is left keeps its row, so that it is found again; if some of its jobs have been taken, the
 -- lease is no longer renewed, see beat(): it has to learn that it was lost.
 --
--- Reads all of active once, for the deadlines; of the dead only what is theirs.
+-- Reads all of active: once, and if somebody is dead once more.
 --
 -- Locks: runtimes' rows, stepping over those in use (a claim under way), then gates, then tickets.
 create or replace function notifyq.rescue() returns table (job bigint, state text)
@@ -281,12 +283,7 @@ begin
         order by r.id
         for update skip locked
     );
-    select array_agg(l.job), array_agg(distinct l.queue) into lost, their_queues
-    from (
-        select p.job, p.queue from notifyq.past_deadline(moment) p
-        union all
-        select a.job, a.queue from notifyq.active a where a.runtime = any (dead)
-    ) l;
+    select array_agg(l.job), array_agg(distinct l.queue) into lost, their_queues from notifyq.lapsed(dead, moment) l;
     if lost is not null then
         in_use := notifyq.try_lock_gates(array(select q.number from notifyq.queue q where q.number = any (their_queues) and q.gated));
         with gone as (
@@ -306,7 +303,7 @@ begin
     end if;
     delete from notifyq.runtime r
     where r.id = any (dead)
-    and not exists (select from notifyq.active a where a.runtime = r.id offset 0);
+    and r.id <> all (array(select l.runtime from notifyq.lapsed(dead, '-infinity') l));
     update notifyq.runtime r
     set lease_until = 'epoch'
     where r.id = any (dead)

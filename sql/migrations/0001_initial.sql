@@ -146,7 +146,7 @@ create table notifyq.active (
     progress jsonb
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 -- rescue(), deregister(): what one runtime holds.
-create index active_runtime on notifyq.active (runtime);
+create index active_by_hand on notifyq.active (deadline) where runtime is null;
 -- beat(): which of those are to be cancelled.
 create index active_cancel on notifyq.active (runtime) where cancel_requested_at is not null;
 -- the blocked_keys view: who holds a key.

@@ -142,8 +142,9 @@ select
     r.beat_at,
     r.lease_until,
     case when r.lease_until < clock_timestamp() then 'lost' when r.stopping then 'stopping' else 'running' end as state,
-    (select count(*) from notifyq.active a where a.runtime = r.id) as active
-from notifyq.runtime r;
+    coalesce(a.jobs, 0) as active
+from notifyq.runtime r
+left join (select t.runtime, count(*) as jobs from notifyq.active t group by t.runtime) a on a.runtime = r.id;
 
 create or replace view notifyq.blocked_keys as
 select

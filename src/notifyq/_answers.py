@@ -83,7 +83,6 @@ class Beat:
     """What ``beat()`` told: see ``sql/functions/60_lease.sql``."""
 
     renewed: bool
-    held: int | None
     cancels: list[int]
     ready: list[int] | None
     due_in: dict[str, float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ._codec import to_json
 from ._declare import declare_at_start
 from ._errors import ConnectionLost, LeaseLost, NotifyqError
 from ._lock import QuickLock
-from ._maintenance import Maintenance
+from ._maintenance import EVERY, Maintenance
 from ._models import Released
 from ._roster import Roster
 from ._scheduler import Scheduler
@@ -259,9 +260,8 @@ class Session:
         self._maintenance.lapses_in(beat.lapse_in)
         self._scheduler.told(beat.schedules)
         self._roster.told(beat)
-        # More held than known: on its way to or from here, or the answer to a claim was lost.
-        unsure = any(w.answer_lost for w in self._workers) if beat.held is None else beat.held > len(self._known())
-        if self._strays or self._reconnected or unsure:
+        in_doubt = any(trio.current_time() < worker.in_doubt_until for worker in self._workers)
+        if self._strays or self._reconnected or in_doubt:
             self._doubt.ring()
 
     def _lose(self) -> None:
@@ -275,14 +275,13 @@ class Session:
             self._doubt.ring()
 
     async def _reconcile(self) -> None:
-        """Compare what the database says we hold with what we know, when there is doubt, until cancelled."""
+        """Compare what the database says we hold with what we know, in doubt and every few minutes, until cancelled."""
         while True:
-            await self._doubt.wait()
+            with trio.move_on_after(random.uniform(*EVERY)):
+                await self._doubt.wait()
             self._doubt.clear()
             before = self._at_work()
             reconnected, self._reconnected = self._reconnected, False
-            for worker in self._workers:
-                worker.answer_lost = False
             try:
                 async with self._pool.connection() as connection:
                     held = await self._store.held(connection, self._id)

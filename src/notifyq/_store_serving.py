@@ -47,7 +47,7 @@ class Serving:
         Of the i-th queue only jobs with priorities from ``lows[i]`` to ``highs[i]`` count.
         """
         statement: LiteralString = (
-            "select renewed, held, cancels, ready, due_in, lapse_in, schedules, clock, serves, fleet, place"
+            "select renewed, cancels, ready, due_in, lapse_in, schedules, clock, serves, fleet, place"
             " from {s}.beat($1::uuid, $2::int[], $3::int[], $4::int[], $5)"
         )
         return Beat(*await self._calls.row(connection, statement, runtime, queues, lows, highs, look))

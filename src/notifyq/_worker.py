@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = ["QueueWorker"]
 
+DOUBT = 60.0
+"""Seconds after the answer to a claim was lost in which each beat has what the runtime holds compared with what it knows:
+the server may have the claim waiting for a gate still. What it brings later yet is found by the looks every few minutes."""
+
 
 class QueueWorker:
     """Claims and runs the jobs of one queue."""
@@ -111,7 +115,7 @@ class QueueWorker:
         self._lease_number = 0
         self.claiming_since = math.inf
         """When the claim that is under way on a connection of the pool was sent, on ``trio.current_time()``'s clock."""
-        self.answer_lost = False
+        self.in_doubt_until = -math.inf
         """A claim may have brought jobs that are not known here."""
         self._durably = info.retry_limit == 0
         self._cancelled: Collection[int] = ()
@@ -202,7 +206,7 @@ class QueueWorker:
                         durably=self._durably,
                     )
             except BaseException as error:
-                self.answer_lost = True
+                self._answer_lost()
                 # It was not answered in time. What breaks the connection says nothing of looks.
                 if floors is None and isinstance(error, trio.Cancelled):
                     self.claimer.looks.made(self.claiming_since, trio.current_time())
@@ -225,7 +229,7 @@ class QueueWorker:
 
         def heard(answer: list[Any] | Exception) -> None:
             if isinstance(answer, Exception):
-                self.answer_lost = True
+                self._answer_lost()
                 answered(answer)
             else:
                 answered(self._still_ours(self._store.haul(answer), lease_number))
@@ -259,6 +263,10 @@ class QueueWorker:
         if any(now[key] < limit for key in full):  # jobs ended while it was under way
             self.claimer.bell.ring()
 
+    def _answer_lost(self) -> None:
+        """A claim may have brought, or still bring, what nobody here knows of."""
+        self.in_doubt_until = trio.current_time() + DOUBT
+
     def _before_claim(self) -> int:
         """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""
         self._cancelled = ()
@@ -275,7 +283,7 @@ class QueueWorker:
             return haul
         self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
         if lease_number != self._lease_number:
-            self.answer_lost = True
+            self._answer_lost()
             return Haul([])  # the beat will find that we hold them, and they are released
         for job in jobs:
             if job.id in self._cancelled:

@@ -801,8 +801,7 @@ async def test_a_job_that_has_ended_cannot_be_touched(start, nq):
         await ended[0].touch(5)
 
 
-@pytest.mark.parametrize("dear", [False, True], ids=["the beat looks", "the beat does not look"])
-async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, monkeypatch, dear):
+async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, monkeypatch):
     queue = Queue("q", int, int)
 
     @queue.worker(poll_interval=HOUR)
@@ -820,8 +819,6 @@ async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, 
         if brought or not claim_at_once(self, how_many, heard):
             return False
         self.lose_all()
-        if dear:
-            monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
         return True
 
     monkeypatch.setattr(QueueWorker, "_claim_at_once", lose_on_the_way)
@@ -834,8 +831,7 @@ async def test_a_claim_sent_before_the_lease_was_lost_brings_nothing(start, nq, 
     assert seen.of(LeaseLost) == []
 
 
-@pytest.mark.parametrize("dear", [False, True], ids=["the beat looks", "the beat does not look"])
-async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq, monkeypatch, dear):
+async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq, monkeypatch):
     queue = Queue("q", int, int)
 
     @queue.worker(poll_interval=HOUR)
@@ -849,8 +845,6 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq
         haul = await run_claim(self, connection, claim)
         if haul.jobs and not lost:
             lost.append(haul.jobs[0].id)
-            if dear:
-                monkeypatch.setattr("notifyq._demand.CHEAP_LOOK", -1.0)
             raise notifyq.ConnectionLost("its answer was lost")
         return haul
 
@@ -872,6 +866,45 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq
         assert await nq.result(job) == 1
     assert lost == [job.id]
     assert failed
+
+
+@pytest.mark.parametrize("doubt", [True, False], ids=["soon after its answer was lost", "later"])
+async def test_jobs_of_a_claim_that_the_server_makes_after_all_are_claimed_again(start, nq, ask, monkeypatch, doubt):
+    queue = Queue("q", int, int)
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        return job.attempt
+
+    run_claim, held = Store.run_claim, Store.held
+    looked = trio.Event()
+    lost: list[bool] = []
+
+    async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
+        if doubt and not lost:
+            lost.append(True)
+            raise notifyq.ConnectionLost("its answer was lost")
+        return await run_claim(self, connection, claim)
+
+    async def look(self: Store, *args: Any) -> Any:
+        found = await held(self, *args)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(Store, "run_claim", lose)
+    monkeypatch.setattr(Store, "held", look)
+    monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
+    if not doubt:
+        monkeypatch.setattr("notifyq._session.EVERY", (0.1, 0.2))
+    await start(queue, lease=1.0)
+    with trio.fail_after(20):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+        await looked.wait()
+        claims = "select id from notifyq.claim('q', 1, (select id from notifyq.runtime))"
+        [(late,)] = await ask(
+            f"begin; select notifyq.send('q', '2'); {claims}; commit; select max(job) from notifyq.active"
+        )
+        assert await nq.result(late) == 1
 
 
 async def test_a_cancelled_job_of_a_batch_that_then_raises_is_alone_not_retried(start, nq):
