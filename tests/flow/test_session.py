@@ -868,8 +868,9 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq
     assert failed
 
 
-@pytest.mark.parametrize("doubt", [True, False], ids=["soon after its answer was lost", "later"])
-async def test_jobs_of_a_claim_that_the_server_makes_after_all_are_claimed_again(start, nq, ask, monkeypatch, doubt):
+async def test_jobs_of_a_claim_that_the_server_makes_after_its_answer_was_lost_are_claimed_again(
+    start, nq, ask, monkeypatch
+):
     queue = Queue("q", int, int)
 
     @queue.worker(poll_interval=HOUR)
@@ -881,7 +882,7 @@ async def test_jobs_of_a_claim_that_the_server_makes_after_all_are_claimed_again
     lost: list[bool] = []
 
     async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
-        if doubt and not lost:
+        if not lost:
             lost.append(True)
             raise notifyq.ConnectionLost("its answer was lost")
         return await run_claim(self, connection, claim)
@@ -894,8 +895,6 @@ async def test_jobs_of_a_claim_that_the_server_makes_after_all_are_claimed_again
     monkeypatch.setattr(Store, "run_claim", lose)
     monkeypatch.setattr(Store, "held", look)
     monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
-    if not doubt:
-        monkeypatch.setattr("notifyq._session.EVERY", (0.1, 0.2))
     await start(queue, lease=1.0)
     with trio.fail_after(20):
         assert await nq.result(await nq.send(queue, 1)) == 1
@@ -1060,7 +1059,8 @@ async def test_a_claim_that_is_held_up_on_the_listening_connection_is_cancelled_
     assert seen.of(events.ListenerDown) == []
 
 
-async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(start, nq, connection):
+async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(start, nq, connection, monkeypatch):
+    monkeypatch.setattr("notifyq._session.EVERY", (0.5, 0.6))
     queue = attempt_queue()
     await start(queue, lease=1.0)
     await idle()
