@@ -45,31 +45,28 @@ begin
         and a.runtime is not distinct from complete.runtime
         and (complete.attempts is null or a.attempt = o.attempt)
         and a.claimed_at <= coalesce(o.as_of, complete.as_of[1], 'infinity')
-        returning a.job, a.queue, a.attempt, a.runtime, a.claimed_at, a.key, nullif(o.output, 'null') as output
+        returning a.job, a.queue, a.attempt, a.claimed_at, a.key, o.output
     ), done as (
         delete from notifyq.job j
         using gone g
         where j.id between g.job and g.job
-        returning j.*, g.attempt, g.runtime, g.claimed_at, g.key as held_key, g.output
-    ), judged as materialized (
-        select d.*, q.retention, q.retention is null or q.retention > '0' as kept
-        from done d
-        cross join lateral (select * from notifyq.queue o where o.number = d.queue offset 0) q
+        returning j.*, g.attempt, g.claimed_at, g.key as held_key, g.output
     ), kept as (
         insert into notifyq.archive (
             id, sent_at, expires_at, retry_delay, retry_delay_max, timeout, queue, retry_limit, priority, retry_backoff, flow, key, id_key,
             headers, provenance, data, finished_at, claimed_at, runtime, attempt, leaves_on, state, output
         )
         select k.id, k.sent_at, k.expires_at, k.retry_delay, k.retry_delay_max, k.timeout, k.queue, k.retry_limit, k.priority, k.retry_backoff, k.flow, k.key, k.id_key,
-            k.headers, k.provenance, k.data, now(), k.claimed_at, k.runtime, k.attempt, notifyq.leaves_on(k.retention), 'completed', k.output
-        from judged k
-        where k.kept
+            k.headers, k.provenance, k.data, now(), k.claimed_at, complete.runtime, k.attempt, notifyq.leaves_on(q.retention), 'completed', nullif(k.output, 'null')
+        from done k
+        cross join lateral (select o.retention from notifyq.queue o where o.number = k.queue and (o.retention > '0') is not false offset 0) q
+        returning id
     )
-    select array_agg(j.id), array_agg(j.id) filter (where not j.kept and (j.attempt > 1 or num_nonnulls(j.id_key, j.flow) > 0)),
+    select array_agg(j.id), array_agg(j.id) filter (where (j.attempt > 1 or num_nonnulls(j.id_key, j.flow) > 0) and j.id not in (select k.id from kept k)),
         array_agg(distinct j.queue), array_agg(j.id) filter (where j.flow is not null),
         array_agg(row(j.id, null, null, null, null, null, j.queue, j.attempt, j.held_key, null)::notifyq.active) filter (where j.held_key is not null)
     into completed, unkept, queues, in_flow, held
-    from judged j;
+    from done j;
     if in_flow is not null then
         perform notifyq.parents_ended(in_flow, 'completed');
     end if;
