@@ -82,8 +82,12 @@ def literal(value: Any) -> bytes | None:
     if value is None:
         return None
     if isinstance(value, list | tuple):
-        return f"{{{','.join(map(_element, value))}}}".encode()
+        write = str if _NUMBERS.issuperset(map(type, value)) else _element
+        return f"{{{','.join(map(write, value))}}}".encode()
     return str(value).encode()
+
+
+_NUMBERS = {int, float}
 
 
 def _element(value: Any) -> str:

@@ -63,6 +63,8 @@ _write = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", 
 def to_json(value: Any) -> str:
     """Write plain JSON data as text that jsonb takes. Raises ``InvalidData`` for NaN, infinities, NUL, lone surrogates."""
     try:
+        if type(value) is int:
+            return str(value)  # in a tenth of the time
         text = _write(value)
         text.encode()
     except UnicodeEncodeError:

@@ -53,6 +53,7 @@ class _Run:
     jobs: list[Job[Any]] = attrs.field(factory=list)
     """Those whose data could be read."""
     started: float = 0.0
+    ended: float = 0.0
     deadline: float = math.inf
     """When it times out, on ``trio.current_time()``'s clock."""
     noted: bool = False
@@ -214,7 +215,7 @@ class Executor:
                 raise
             self._settle_all(run, None, error)
             await self._settled()
-            if trio.current_time() >= self._turn_ends:
+            if run.ended >= self._turn_ends:
                 await self._give_way()
 
     async def _take_and_call(self, run: _Run) -> bool:
@@ -238,7 +239,7 @@ class Executor:
             return False
         if not room or not called:
             await self._settled()
-        if trio.current_time() >= self._turn_ends:
+        if run.ended >= self._turn_ends:
             await self._give_way()
         return True
 
@@ -270,9 +271,8 @@ class Executor:
     def _sets_out(self, run: _Run) -> None:
         """The worker is about to be called: its time runs."""
         run.started = trio.current_time()
-        run.deadline = run.started + (
-            run.jobs[0].timeout if len(run.jobs) == 1 else min(job.timeout for job in run.jobs)
-        )
+        timeout = run.jobs[0].timeout if len(run.jobs) == 1 else min(job.timeout for job in run.jobs)
+        run.deadline = run.started + timeout
         for job in run.jobs:
             job.deadline = run.deadline
         if not run.noted:
@@ -293,6 +293,7 @@ class Executor:
 
     def _ends(self, run: _Run) -> None:
         """The worker has returned, or was cancelled."""
+        run.ended = trio.current_time()
         if run.scope.deadline != math.inf:
             run.cancelled = run.scope.cancel_called
             run.scope.deadline = math.inf
@@ -314,22 +315,21 @@ class Executor:
         return room
 
     def _judge(self, run: _Run, result: Any, error: BaseException | None) -> list[Outcome]:
-        jobs, now = run.jobs, trio.current_time()
         run.cancelled |= run.given_up
-        if not jobs or run.given_up:
+        if not run.jobs or run.given_up:
             return []
         if run.decided and not isinstance(error, Exception):
             return [] if result is None else [result]
-        late = now >= run.deadline
+        late = run.ended >= run.deadline
         if late or run.cancelled:
             # Also when it returned nevertheless: a result that comes after the end was decided is refused.
             run.cancelled = True
             if late or run.scope.cancelled_caught or error is not None or run.reason == "lost":
-                return [outcome for job in jobs if (outcome := interrupted(job, run.reason)) is not None]
-        limit, elapsed = self._output_limit, now - run.started
+                return [outcome for job in run.jobs if (outcome := interrupted(job, run.reason)) is not None]
+        limit, elapsed = self._output_limit, run.ended - run.started
         if self._worker.kind == "batch":
-            return judge_batch(jobs, result, error, type_=self._queue.output_type, limit=limit, elapsed=elapsed)
-        return [judge(jobs[0], result, error, type_=self._queue.output_type, limit=limit, elapsed=elapsed)]
+            return judge_batch(run.jobs, result, error, type_=self._queue.output_type, limit=limit, elapsed=elapsed)
+        return [judge(run.jobs[0], result, error, type_=self._queue.output_type, limit=limit, elapsed=elapsed)]
 
     async def _run_in_transaction(self, run: _Run) -> Outcome | None:
         """Returns what is left to be settled. Raises what the handler raised: then nothing was written."""

@@ -106,8 +106,11 @@ class Settler:
             nursery.start_soon(self._free.close)
 
     async def _flush(self, entries: list[Entry]) -> None:
+        kinds: dict[type, list[Entry]] = {}
+        for entry in entries:
+            kinds.setdefault(type(entry[0]), []).append(entry)
         for kind in (Completed, Failed, Snoozed, Discarded, Released):
-            left = sorted((entry for entry in entries if type(entry[0]) is kind), key=lambda entry: entry[0].job_id)
+            left = sorted(kinds.get(kind, ()), key=lambda entry: entry[0].job_id)
             while left:
                 # Two attempts of one job, the earlier one lost: in two writes, so that the answers can be told apart.
                 once = {entry[0].job_id: entry for entry in reversed(left)}

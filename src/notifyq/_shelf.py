@@ -48,6 +48,8 @@ class Shelf:
         """Wait for jobs and take up to so many, in order."""
         while not self._jobs:
             await self._takers.park()
+        if how_many == 1:
+            return [self._jobs.popleft()]
         return [self._jobs.popleft() for _ in range(min(how_many, len(self._jobs)))]
 
     def take_back(self) -> list[Claimed]:
