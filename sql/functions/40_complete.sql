@@ -25,7 +25,8 @@ set enable_mergejoin = off
 as $$
 declare
     completed bigint[];
-    unkept bigint[];
+    kept_jobs bigint[];
+    remembered bigint[];
     queues int[];
     in_flow bigint[];
     held notifyq.active[];
@@ -62,10 +63,10 @@ begin
         cross join lateral (select o.retention from notifyq.queue o where o.number = k.queue and (o.retention > '0') is not false offset 0) q
         returning id
     )
-    select array_agg(j.id), array_agg(j.id) filter (where (j.attempt > 1 or num_nonnulls(j.id_key, j.flow) > 0) and j.id not in (select k.id from kept k)),
+    select array_agg(j.id), (select array_agg(k.id) from kept k), array_agg(j.id) filter (where j.attempt > 1 or num_nonnulls(j.id_key, j.flow) > 0),
         array_agg(distinct j.queue), array_agg(j.id) filter (where j.flow is not null),
         array_agg(row(j.id, null, null, null, null, null, j.queue, j.attempt, j.held_key, null)::notifyq.active) filter (where j.held_key is not null)
-    into completed, unkept, queues, in_flow, held
+    into completed, kept_jobs, remembered, queues, in_flow, held
     from done j;
     if in_flow is not null then
         perform notifyq.parents_ended(in_flow, 'completed');
@@ -73,8 +74,8 @@ begin
     if held is not null then
         perform notifyq.free(held, 'ended');
     end if;
-    if unkept is not null then
-        perform notifyq.forget(unkept);
+    if remembered is not null then
+        perform notifyq.forget(array(select unnest(remembered) except select unnest(kept_jobs)));
     end if;
     if completed is not null then
         -- one queue a settle is the usual case; ids of another in its announcement do no harm

@@ -119,9 +119,9 @@ as $$
     update notifyq.runtime r set stopping = true where r.id = stop.runtime
 $$;
 
--- The jobs a runtime still holds: after a reconnect it cancels the handlers of all others.
+-- The jobs a runtime holds: what it does not know of it hands back, and of what it does not hold it cancels the handlers.
 --
--- Reads all of active, as deregister() does: an index by runtime would be written with every claim, and read in trouble only.
+-- Reads all of active, as deregister() does: an index by runtime would be written with every claim, and read rarely.
 create or replace function notifyq.held(runtime uuid) returns table (job bigint, attempt int, claimed_at timestamptz)
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -236,7 +236,7 @@ begin
 end
 $$;
 
--- The active jobs of dead runtimes, and those whose deadline has passed. No index has either, so all of the table is read: page
+-- The active jobs of dead runtimes, and those whose deadline has passed. No index has all of these, so the table is read: page
 -- by page, and not in the order of another index, which its callers' settings would lead to.
 create or replace function notifyq.lapsed(dead uuid[], moment timestamptz) returns table (job bigint, queue int, runtime uuid)
 language sql stable
@@ -255,7 +255,7 @@ $$;
 -- something is left keeps its row, so that it is found again; if some of its jobs have been taken, the
 -- lease is no longer renewed, see beat(): it has to learn that it was lost.
 --
--- Reads all of active: once, and if somebody is dead once more.
+-- Reads all of active: once, and if somebody is dead and not all could be taken once more.
 --
 -- Locks: runtimes' rows, stepping over those in use (a claim under way), then gates, then tickets.
 create or replace function notifyq.rescue() returns table (job bigint, state text)
@@ -303,7 +303,7 @@ begin
     end if;
     delete from notifyq.runtime r
     where r.id = any (dead)
-    and r.id <> all (array(select l.runtime from notifyq.lapsed(dead, '-infinity') l));
+    and (cardinality(taken) = cardinality(lost) or lost is null or r.id <> all (array(select l.runtime from notifyq.lapsed(dead, '-infinity') l)));
     update notifyq.runtime r
     set lease_until = 'epoch'
     where r.id = any (dead)

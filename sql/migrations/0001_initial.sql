@@ -145,9 +145,9 @@ create table notifyq.active (
     key text,
     progress jsonb
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
--- rescue(), deregister(): what one runtime holds.
+-- beat(): when the next claim by hand lapses.
 create index active_by_hand on notifyq.active (deadline) where runtime is null;
--- beat(): which of those are to be cancelled.
+-- beat(): which of a runtime's are to be cancelled.
 create index active_cancel on notifyq.active (runtime) where cancel_requested_at is not null;
 -- the blocked_keys view: who holds a key.
 create index active_key on notifyq.active (queue, key) where key is not null;

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import random
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +13,13 @@ import trio
 
 from ._atomic import Atomic
 from ._beat import Heart
-from ._bell import Bell
 from ._client import Client
 from ._codec import to_json
 from ._declare import declare_at_start
 from ._errors import ConnectionLost, LeaseLost, NotifyqError
 from ._lock import QuickLock
-from ._maintenance import EVERY, Maintenance
-from ._models import Released
+from ._maintenance import Maintenance
+from ._reconciler import Reconciler
 from ._roster import Roster
 from ._scheduler import Scheduler
 from ._schema import VERSION
@@ -100,9 +97,7 @@ class Session:
         )
         self._atomic = Atomic(handlers, store, settings.id, settings.events)
         self._turns = QuickLock(), QuickLock()
-        self._doubt = Bell()
-        self._reconnected = False
-        self._strays: dict[tuple[int, int], float] = {}
+        self._reconciler = Reconciler(self._id, pool, store, self._settler, lambda: self._workers)
         self._grace = trio.CancelScope()
         self.client = Client(handlers, store, listener, None)
 
@@ -126,6 +121,7 @@ class Session:
             atomic=self._atomic,
             standing=self._standing,
             gone=self._roster.look,
+            answer_lost=self._reconciler.answer_lost,
         )
 
     async def begin(self, *, declare: bool) -> None:
@@ -134,7 +130,7 @@ class Session:
             if declare:
                 await declare_at_start(connection, self._store, self._settings.queues)
             self._listener.add_channel(await self._store.channel(connection, 0), self._told_by_control)
-            self._listener.on_connected(self._look_what_is_held)
+            self._listener.on_connected(self._reconciler.reconnected)
             self._listener.on_connected(self._scheduler.look_again)
             self._listener.on_disconnected(self._pool.distrust)
             # If this fails, maintenance makes up for it, and the default leaf takes the rows until then.
@@ -175,7 +171,7 @@ class Session:
                 await support.start(self._settler.run)
                 await support.start(self._heart.run)
                 await support.start(Watchdog(self._settings.lease, self._events).run)
-                support.start_soon(self._reconcile)
+                support.start_soon(self._reconciler.run)
                 await support.start(self._scheduler.run)
                 await support.start(self._maintenance.run)
                 await support.start(self._roster.run, running)
@@ -260,54 +256,11 @@ class Session:
         self._maintenance.lapses_in(beat.lapse_in)
         self._scheduler.told(beat.schedules)
         self._roster.told(beat)
-        in_doubt = any(trio.current_time() < worker.in_doubt_until for worker in self._workers)
-        if self._strays or self._reconnected or in_doubt:
-            self._doubt.ring()
 
     def _lose(self) -> None:
         """The lease lapsed, or is about to: nothing that runs here is ours any longer."""
         for worker in self._workers:
             worker.lose_all()
-
-    def _look_what_is_held(self) -> None:
-        if self._known():
-            self._reconnected = True
-            self._doubt.ring()
-
-    async def _reconcile(self) -> None:
-        """Compare what the database says we hold with what we know, in doubt and every few minutes, until cancelled."""
-        while True:
-            with trio.move_on_after(random.uniform(*EVERY)):
-                await self._doubt.wait()
-            self._doubt.clear()
-            before = self._at_work()
-            reconnected, self._reconnected = self._reconnected, False
-            try:
-                async with self._pool.connection() as connection:
-                    held = await self._store.held(connection, self._id)
-            except (NotifyqError, psycopg.Error):
-                self._reconnected = True  # compare again after the next beat, whatever the doubt was
-                continue
-            if reconnected:
-                # The server may have forgotten a claim that was not flushed, or be another one: those jobs run again.
-                for worker in self._workers:
-                    worker.lose(before - held.keys())
-            # Held by us but unknown here at two looks, and no claim from before the first is under way any longer:
-            # the answer to a claim was lost.
-            now = trio.current_time()
-            oldest_claim = min((worker.claiming_since for worker in self._workers), default=math.inf)
-            strays = {attempt: self._strays.get(attempt, now) for attempt in held.keys() - self._known()}
-            for (job, attempt), seen in strays.items():
-                if seen < min(now, oldest_claim):
-                    self._settler.put(Released(job, attempt, held[job, attempt]), "")
-            self._strays = strays
-
-    def _known(self) -> set[tuple[int, int]]:
-        """The attempts that wait, run, or have ended and are not settled yet, as (job, attempt)."""
-        return self._at_work() | self._settler.unsettled()
-
-    def _at_work(self) -> set[tuple[int, int]]:
-        return set().union(*(worker.known() for worker in self._workers))
 
     # control requests
 
@@ -320,7 +273,7 @@ class Session:
             self._roster.look()
         if what != "cancel":
             return
-        known = {str(job) for job, _attempt in self._known()}
+        known = {str(job) for job, _attempt in self._reconciler.known()}
         # While a claim is under way its jobs are not known here yet.
         if any(turn.held for turn in self._turns) or self._listener.asked or not known.isdisjoint(ids.split(",")):
             self._heart.soon()

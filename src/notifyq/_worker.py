@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QueueWorker"]
 
-DOUBT = 60.0
-"""Seconds after the answer to a claim was lost in which each beat has what the runtime holds compared with what it knows:
-the server may have the claim waiting for a gate still. What it brings later yet is found by the looks every few minutes."""
-
 
 class QueueWorker:
     """Claims and runs the jobs of one queue."""
@@ -61,8 +57,10 @@ class QueueWorker:
         atomic: Atomic,
         standing: Standing,
         gone: Callable[[], object],
+        answer_lost: Callable[[], object],
     ) -> None:
-        """``gone`` is called when the queue was not there any longer.
+        """``gone`` is called when the queue was not there any longer, ``answer_lost`` when a claim may have brought jobs and
+        nobody here knows of them.
 
         ``turns`` are shared by a process's claimers: one claims at a time, so that many queues need few connections, and
         one of those with rules, which may have to wait for a gate.
@@ -113,10 +111,8 @@ class QueueWorker:
         self._started = False
         self._stopped = trio.Event()
         self._lease_number = 0
-        self.claiming_since = math.inf
-        """When the claim that is under way on a connection of the pool was sent, on ``trio.current_time()``'s clock."""
-        self.in_doubt_until = -math.inf
-        """A claim may have brought jobs that are not known here."""
+        self._answer_lost = answer_lost
+        self._claiming_since = self._asking_since = math.inf
         self._durably = info.retry_limit == 0
         self._cancelled: Collection[int] = ()
         self._bound_for = 1
@@ -131,6 +127,11 @@ class QueueWorker:
     def forget(self) -> None:
         """The queue is served no longer, by nobody else of this name either."""
         self._settler.forget(self.queue.name)
+
+    @property
+    def claiming_since(self) -> float:
+        """When the older claim that is under way was sent, on ``trio.current_time()``'s clock; infinite: there is none."""
+        return min(self._claiming_since, self._asking_since)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Claim until ``stop()``, run jobs until cancelled."""
@@ -191,7 +192,7 @@ class QueueWorker:
     async def _claim(self, how_many: int, floors: dict[int, int] | None, due_floor: float | None) -> Haul:
         async with self._turns[self._gated], self._pool.connection() as connection:
             lease_number = self._before_claim()
-            self.claiming_since = trio.current_time()
+            self._claiming_since = trio.current_time()
             try:
                 if self._key_limit is not None or (floors is None and self.priorities is not None):
                     haul = await self._store.run_claim(connection, self._bind(how_many))
@@ -209,10 +210,10 @@ class QueueWorker:
                 self._answer_lost()
                 # It was not answered in time. What breaks the connection says nothing of looks.
                 if floors is None and isinstance(error, trio.Cancelled):
-                    self.claimer.looks.made(self.claiming_since, trio.current_time())
+                    self.claimer.looks.made(self._claiming_since, trio.current_time())
                 raise
             finally:
-                self.claiming_since = math.inf
+                self._claiming_since = math.inf
         return self._still_ours(haul, lease_number)
 
     def _claim_at_once(self, how_many: int, answered: Callable[[Haul | Exception], None]) -> bool:
@@ -228,13 +229,17 @@ class QueueWorker:
         lease_number = self._before_claim()
 
         def heard(answer: list[Any] | Exception) -> None:
+            self._asking_since = math.inf
             if isinstance(answer, Exception):
                 self._answer_lost()
                 answered(answer)
             else:
                 answered(self._still_ours(self._store.haul(answer), lease_number))
 
-        return self._listener.ask(self._bound, heard)
+        if not self._listener.ask(self._bound, heard):
+            return False
+        self._asking_since = trio.current_time()
+        return True
 
     def _bind(self, how_many: int) -> Bound:
         self._told = self._at_work()
@@ -262,10 +267,6 @@ class QueueWorker:
         now = self._at_work() + brought
         if any(now[key] < limit for key in full):  # jobs ended while it was under way
             self.claimer.bell.ring()
-
-    def _answer_lost(self) -> None:
-        """A claim may have brought, or still bring, what nobody here knows of."""
-        self.in_doubt_until = trio.current_time() + DOUBT
 
     def _before_claim(self) -> int:
         """Call before a claim is sent: what happens from here on may concern the jobs that it brings."""

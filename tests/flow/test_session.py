@@ -868,17 +868,10 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq
     assert failed
 
 
-async def test_jobs_of_a_claim_that_the_server_makes_after_its_answer_was_lost_are_claimed_again(
-    start, nq, ask, monkeypatch
-):
-    queue = Queue("q", int, int)
-
-    @queue.worker(poll_interval=HOUR)
-    async def work(job: Job[int]) -> int:
-        return job.attempt
-
-    run_claim, held = Store.run_claim, Store.held
-    looked = trio.Event()
+@pytest.fixture
+def first_answer_lost(monkeypatch):
+    """The answer to the first claim is lost; no claim is sent from where a notification is heard."""
+    run_claim = Store.run_claim
     lost: list[bool] = []
 
     async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
@@ -887,22 +880,22 @@ async def test_jobs_of_a_claim_that_the_server_makes_after_its_answer_was_lost_a
             raise notifyq.ConnectionLost("its answer was lost")
         return await run_claim(self, connection, claim)
 
-    async def look(self: Store, *args: Any) -> Any:
-        found = await held(self, *args)
-        looked.set()
-        return found
-
     monkeypatch.setattr(Store, "run_claim", lose)
-    monkeypatch.setattr(Store, "held", look)
     monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
-    await start(queue, lease=1.0)
+
+
+CLAIM = "select id from notifyq.claim('q', 1, (select id from notifyq.runtime))"
+"""By hand, in the name of the runtime: as by a claim whose answer nobody heard."""
+
+
+async def test_jobs_of_a_claim_that_the_server_makes_after_its_answer_was_lost_are_claimed_again(
+    start, nq, ask, first_answer_lost
+):
+    queue = attempt_queue()
+    await start(queue, lease=HOUR)  # no beat helps
     with trio.fail_after(20):
         assert await nq.result(await nq.send(queue, 1)) == 1
-        await looked.wait()
-        claims = "select id from notifyq.claim('q', 1, (select id from notifyq.runtime))"
-        [(late,)] = await ask(
-            f"begin; select notifyq.send('q', '2'); {claims}; commit; select max(job) from notifyq.active"
-        )
+        [(late,)] = await ask(f"begin; select notifyq.send('q', '2'); {CLAIM}; commit; select job from notifyq.active")
         assert await nq.result(late) == 1
 
 
@@ -1059,16 +1052,111 @@ async def test_a_claim_that_is_held_up_on_the_listening_connection_is_cancelled_
     assert seen.of(events.ListenerDown) == []
 
 
-async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(start, nq, connection, monkeypatch):
-    monkeypatch.setattr("notifyq._session.EVERY", (0.5, 0.6))
+async def test_what_a_runtime_holds_and_does_not_know_is_handed_back_and_run(
+    start, nq, ask, monkeypatch, first_answer_lost
+):
+    monkeypatch.setattr("notifyq._reconciler.DOUBT", 0.0)
+    monkeypatch.setattr("notifyq._reconciler.EVERY", (0.5, 0.6))
     queue = attempt_queue()
-    await start(queue, lease=1.0)
-    await idle()
-    async with connection.transaction():  # as by a claim whose answer nobody heard
-        sent = await nq.send(queue, 1, connection=connection)
-        await connection.execute("select notifyq.claim('q', 1, r.id) from notifyq.runtime r")
-    with trio.fail_after(10):
+    await start(queue, lease=HOUR)
+    with trio.fail_after(20):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+        [(late,)] = await ask(f"begin; select notifyq.send('q', '2'); {CLAIM}; commit; select job from notifyq.active")
+        assert await nq.result(late) == 1
+
+
+async def test_looks_for_lost_jobs_end_though_others_are_on_their_way_at_each(
+    start, nq, monkeypatch, first_answer_lost
+):
+    """As in a busy runtime: what a look finds that is settled, or was claimed, while it is under way."""
+    held = Store.held
+    others = itertools.count(10**9)
+
+    async def look(self: Store, *args: Any) -> Any:
+        return await held(self, *args) | {(next(others), 1): 0.0}
+
+    monkeypatch.setattr(Store, "held", look)
+    monkeypatch.setattr("notifyq._reconciler.DOUBT", 0.5)
+    monkeypatch.setattr("notifyq._reconciler.AGAIN", 0.05)
+    queue = attempt_queue()
+    await start(queue, lease=HOUR)
+    with trio.fail_after(20):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+        await idle()  # not before there are 0.2 s without a look
+    assert next(others) >= 10**9 + 2
+
+
+async def test_a_job_claimed_again_with_the_same_attempt_is_not_taken_for_the_lost_one(
+    start, nq, ask, monkeypatch, first_answer_lost
+):
+    queue = attempt_queue()
+    held = Store.held
+    found: list[dict[tuple[int, int], float]] = []
+
+    async def look(self: Store, *args: Any) -> Any:
+        holds = await held(self, *args)
+        if holds:
+            found.append(holds)
+        if len(found) == 1:
+            again = f"select notifyq.release(array[job], null, runtime) from notifyq.active; {CLAIM}"
+            await ask(f"begin; {again}; commit")
+        return holds
+
+    monkeypatch.setattr("notifyq._reconciler.AGAIN", 0.1)
+    await start(queue, lease=HOUR)
+    with trio.fail_after(20):
+        assert await nq.result(await nq.send(queue, 1)) == 1
+        monkeypatch.setattr(Store, "held", look)
+        [(late,)] = await ask(f"begin; select notifyq.send('q', '2'); {CLAIM}; commit; select job from notifyq.active")
+        assert await nq.result(late) == 1
+    first, *others = [claimed_at for holds in found for claimed_at in holds.values()]
+    assert len(others) >= 2  # the second claim, too, was seen at two looks before it was handed back
+    assert min(others) > first
+
+
+async def test_a_claim_under_way_on_the_listening_connection_is_not_taken_for_lost(start, nq, connection, monkeypatch):
+    queue = Queue("q", int, int)
+    runs: list[int] = []
+
+    @queue.worker(poll_interval=HOUR)
+    async def work(job: Job[int]) -> int:
+        runs.append(job.attempt)
+        return job.attempt
+
+    run_claim, held, ask = Store.run_claim, Store.held, Listener.ask
+    lost: list[bool] = []
+    found: list[bool] = []
+    under_way: list[Callable[[], object]] = []
+
+    async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
+        if not lost:
+            lost.append(True)
+            raise notifyq.ConnectionLost("its answer was lost")
+        return await run_claim(self, connection, claim)
+
+    async def look(self: Store, *args: Any) -> Any:
+        holds = await held(self, *args)
+        found.extend([True] * len(holds))
+        return holds
+
+    def ask_from_afar(self: Listener, question: Any, answered: Callable[[Any], None]) -> bool:
+        return bool(lost) and ask(self, question, lambda answer: under_way.append(lambda: answered(answer)))
+
+    monkeypatch.setattr(Store, "run_claim", lose)
+    monkeypatch.setattr(Store, "held", look)
+    monkeypatch.setattr(Listener, "ask", ask_from_afar)
+    monkeypatch.setattr("notifyq._reconciler.AGAIN", 0.4)
+    await start(queue)
+    with trio.fail_after(40):
+        assert await nq.result(await nq.send(queue, 0)) == 1
+        await until_it_would_claim_there(monkeypatch, connection)
+        sent = await nq.send(queue, 1)
+        while len(found) < 3:
+            await trio.sleep(0.05)
+        [answer] = under_way
+        answer()
         assert await nq.result(sent) == 1
+    assert runs == [1, 1]
 
 
 async def test_a_claim_that_broke_off_does_not_put_off_looks(start, nq, monkeypatch):

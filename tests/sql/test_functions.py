@@ -327,3 +327,23 @@ async def test_backoff_lies_within_its_documented_bounds(ask, attempt):
     assert max(delays) <= ceiling
     assert max(delays) - min(delays) > ceiling / 4
     assert await ask("select notifyq.backoff('3 s', '1 s', false, %s) = '3 s'", attempt) == [(True,)]
+
+
+async def test_one_completion_of_jobs_that_are_kept_and_jobs_that_are_not_forgets_of_these_alone(ask):
+    jobs = []
+    for name, retention in (("kept", 60), ("unkept", 0)):
+        await ask(
+            "select notifyq.create_queue(%s, jsonb_build_object('retention', %s::int, 'retry_delay', 0))",
+            name,
+            retention,
+        )
+        jobs += await ask("select notifyq.send(%s, id_key => 'once')", name)
+        await ask(
+            'select notifyq.fail(array_agg(id), \'[{"type": "E", "message": "m"}]\') from notifyq.claim(%s)', name
+        )
+        await ask("select notifyq.claim(%s)", name)
+    assert await ask("select cardinality(notifyq.complete(%s::bigint[]))", [job for (job,) in jobs]) == [(2,)]
+    [kept, _unkept] = jobs
+    assert await ask("select id from notifyq.archive") == [kept]
+    assert await ask("select job from notifyq.attempt") == [kept]
+    assert await ask("select job from notifyq.id_key") == [kept]
