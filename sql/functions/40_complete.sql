@@ -26,7 +26,7 @@ as $$
 declare
     completed bigint[];
     kept_jobs bigint[];
-    remembered bigint[];
+    remembered bigint[]; -- of which there may be more than their rows, see forget()
     queues int[];
     in_flow bigint[];
     held notifyq.active[];

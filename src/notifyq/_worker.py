@@ -285,7 +285,7 @@ class QueueWorker:
         self.claimer.bell.ring()  # fewer than were asked for does not mean now that there are no more
         if lease_number != self._lease_number:
             self._answer_lost()
-            return Haul([])  # the beat will find that we hold them, and they are released
+            return Haul([])  # it is found that we hold them, and they are released
         for job in jobs:
             if job.id in self._cancelled:
                 self._discard(job)

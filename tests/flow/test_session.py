@@ -870,8 +870,8 @@ async def test_jobs_of_a_claim_whose_answer_was_lost_are_claimed_again(start, nq
 
 @pytest.fixture
 def first_answer_lost(monkeypatch):
-    """The answer to the first claim is lost; no claim is sent from where a notification is heard."""
-    run_claim = Store.run_claim
+    """The answer to the first claim is lost; until then none is sent from where a notification is heard."""
+    run_claim, claim_at_once = Store.run_claim, QueueWorker._claim_at_once
     lost: list[bool] = []
 
     async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
@@ -881,7 +881,7 @@ def first_answer_lost(monkeypatch):
         return await run_claim(self, connection, claim)
 
     monkeypatch.setattr(Store, "run_claim", lose)
-    monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
+    monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *args: bool(lost) and claim_at_once(*args))
 
 
 CLAIM = "select id from notifyq.claim('q', 1, (select id from notifyq.runtime))"
@@ -1114,7 +1114,9 @@ async def test_a_job_claimed_again_with_the_same_attempt_is_not_taken_for_the_lo
     assert min(others) > first
 
 
-async def test_a_claim_under_way_on_the_listening_connection_is_not_taken_for_lost(start, nq, connection, monkeypatch):
+async def test_a_claim_under_way_on_the_listening_connection_is_not_taken_for_lost(
+    start, nq, connection, monkeypatch, first_answer_lost
+):
     queue = Queue("q", int, int)
     runs: list[int] = []
 
@@ -1123,26 +1125,22 @@ async def test_a_claim_under_way_on_the_listening_connection_is_not_taken_for_lo
         runs.append(job.attempt)
         return job.attempt
 
-    run_claim, held, ask = Store.run_claim, Store.held, Listener.ask
-    lost: list[bool] = []
-    found: list[bool] = []
+    held, ask = Store.held, Listener.ask
+    found = 0
+    found_thrice = trio.Event()
     under_way: list[Callable[[], object]] = []
 
-    async def lose(self: Store, connection: TrioConnection, claim: Any) -> Any:
-        if not lost:
-            lost.append(True)
-            raise notifyq.ConnectionLost("its answer was lost")
-        return await run_claim(self, connection, claim)
-
     async def look(self: Store, *args: Any) -> Any:
+        nonlocal found
         holds = await held(self, *args)
-        found.extend([True] * len(holds))
+        found += len(holds)
+        if found >= 3:
+            found_thrice.set()
         return holds
 
     def ask_from_afar(self: Listener, question: Any, answered: Callable[[Any], None]) -> bool:
-        return bool(lost) and ask(self, question, lambda answer: under_way.append(lambda: answered(answer)))
+        return ask(self, question, lambda answer: under_way.append(lambda: answered(answer)))
 
-    monkeypatch.setattr(Store, "run_claim", lose)
     monkeypatch.setattr(Store, "held", look)
     monkeypatch.setattr(Listener, "ask", ask_from_afar)
     monkeypatch.setattr("notifyq._reconciler.AGAIN", 0.4)
@@ -1151,8 +1149,7 @@ async def test_a_claim_under_way_on_the_listening_connection_is_not_taken_for_lo
         assert await nq.result(await nq.send(queue, 0)) == 1
         await until_it_would_claim_there(monkeypatch, connection)
         sent = await nq.send(queue, 1)
-        while len(found) < 3:
-            await trio.sleep(0.05)
+        await found_thrice.wait()
         [answer] = under_way
         answer()
         assert await nq.result(sent) == 1
