@@ -155,6 +155,7 @@ async def test_a_busy_queue_of_many_slots_stops_within_a_second(start, nq):
         return row["active"] == 0 and row["ready"] > 0
 
     await until(at_rest, seconds=1)
+    await idle()  # they have heard that the last ones are stored
     done = sum(len(seen.of(JobCompleted)) for seen in fleet)
     await idle()
     assert sum(len(seen.of(JobCompleted)) for seen in fleet) == done < 3000

@@ -85,7 +85,7 @@ async def test_it_serves_what_matches_and_what_is_made_later_at_once(start, nq):
     assert sorted(ran) == [
         (f"tenant.{name}", n) for name, n in (("a", 1), ("a", 4), ("b", 1), ("c", 2), ("c", 4), ("d", 3))
     ]
-    assert {event.queue for event in seen.of(JobCompleted)} == {f"tenant.{letter}" for letter in "abcd"}
+    assert {event.queue for event in await seen.wait(JobCompleted, 6)} == {f"tenant.{letter}" for letter in "abcd"}
     [runtime] = await nq.runtimes()
     assert runtime["queues"] == ["tenant.*"]
     assert seen.of(ServerTrouble) == []
