@@ -409,10 +409,27 @@ def test_recovery_is_counted_from_the_blow_to_the_next_start(ledger):
     assert verdict.good
 
 
+@pytest.mark.parametrize(
+    ("runs", "waited"),
+    [
+        ([Run(1, 1, "1", 100.0, 104.1), Run(1, 2, "1", 104.2, 104.3)], 2.2),
+        ([Run(1, 1, "1", 100.0, broke_off=104.1), Run(1, 2, "1", 104.2)], 2.2),
+        ([Run(1, 1, "1", 100.0, 104.1)], 2.1),
+    ],
+    ids=["anew", "broken off and anew", "to its end"],
+)
+def test_a_stopped_worker_that_nobody_took_over_from_goes_on_itself(ledger, runs, waited):
+    ledger.runs += runs
+    ledger.note(Incident("stop", 102.0, 104.0, process="1", waits_for="affected", job=1))
+    verdict = Verdict()
+    assert recoveries(verdict, ledger) == [pytest.approx(waited)]
+    assert verdict.good
+
+
 @pytest.mark.parametrize("waits_for", ["affected", "sent", "next"])
 def test_what_is_not_got_over_is_a_complaint(ledger, waits_for):
     ledger.sent([(2, Send("bulk", 99.0))])
-    ledger.runs += [Run(1, 1, "1", 100.0), Run(1, 2, "1", 104.0, 104.1), Run(2, 1, "2", 105.0, 105.1)]
+    ledger.runs += [Run(1, 1, "1", 100.0, broke_off=103.0), Run(2, 1, "2", 105.0, 105.1)]
     ledger.note(Incident("blow", 102.0, 102.5, process="1", waits_for=waits_for, job=1))
     verdict = Verdict()
     assert recoveries(verdict, ledger) == []

@@ -192,9 +192,10 @@ def recoveries(verdict: Verdict, ledger: Ledger, goal: float | None = None) -> l
 
     A complaint of each that none came after, and if the longest is longer than the goal, or there is none.
 
-    ``affected``: the one in the midst of which the worker was hit, at another worker; from the incident's beginning,
-    unless it had ended all the same. ``sent``: one that was sent after its beginning; from there. ``next``: one that was
-    sent after its end; from there.
+    ``affected``: the one in the midst of which the worker was hit, from the incident's beginning, unless it had ended all
+    the same; started at any worker (another fault may have kept the others from the server until the one that was stopped
+    was back), or else, if it was left to that worker, ended there. ``sent``: one that was sent after its beginning; from
+    there. ``next``: one that was sent after its end; from there.
     """
     runs = sorted(ledger.runs, key=lambda run: run.began)
     begins = [run.began for run in runs]
@@ -207,10 +208,11 @@ def recoveries(verdict: Verdict, ledger: Ledger, goal: float | None = None) -> l
                 sends = ledger.sends
                 again = next((run.began for run in later if run.job in sends and sends[run.job].called > since), None)
             case "affected":
-                if not _was_cut_off(runs, incident):
-                    continue
-                others = (run for run in later if run.process != incident.process)
-                again = next((run.began for run in others if run.job == incident.job), None)
+                hit = _hit(runs, incident)
+                if any(run.over is not None and run.over <= incident.ended for run in hit):
+                    continue  # it had ended by itself until the incident was over
+                again = next((run.began for run in later if run.job == incident.job), None)
+                again = again or next((run.ended for run in hit if run.ended is not None), None)
             case _:
                 continue
         if again is None:
@@ -224,10 +226,10 @@ def recoveries(verdict: Verdict, ledger: Ledger, goal: float | None = None) -> l
     return waits
 
 
-def _was_cut_off(runs: list[Run], incident: Incident) -> bool:
-    """Whether the run in the midst of which the worker was hit had not ended by itself until the incident was over."""
-    hit = (run for run in runs if run.job == incident.job and run.process == incident.process)
-    return all(run.over is None or run.over > incident.ended for run in hit if run.began < incident.began)
+def _hit(runs: list[Run], incident: Incident) -> list[Run]:
+    """The runs of the job in the midst of which the worker was hit that had begun there by then."""
+    there = (run for run in runs if run.job == incident.job and run.process == incident.process)
+    return [run for run in there if run.began < incident.began]
 
 
 def unexcused_restarts(restarts: Iterable[Restart], incidents: Iterable[Incident]) -> Iterator[str]:
