@@ -7,6 +7,7 @@ whole whenever one of them changed. All of it happens in one transaction under a
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 from importlib.metadata import version
 from importlib.resources import files
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 import psycopg
+import trio
 from psycopg import sql
 
 from ._errors import InvalidOption, MissingPrivilege, SchemaMismatch
@@ -31,6 +33,10 @@ VERSION = version("notifyq")
 
 KINDS = ("producer", "worker", "operator")
 """Of roles: see ``sql/functions/99_rights.sql``."""
+
+LOCK_SECONDS = 0.2
+"""How long to wait for a table that somebody works with, and to keep others from what was taken before it: less than the
+server waits before it looks for a deadlock (a second, unless that is set)."""
 
 
 @attrs.frozen
@@ -105,8 +111,9 @@ def plan(installed: Installed | None, available: Sequence[SqlFile]) -> list[SqlF
 async def apply(connection: TrioConnection, schema: str) -> list[str]:
     """Install or upgrade, and return the names of the files that ran. Safe to call from many processes at once.
 
-    All of it belongs to the schema's owner, if this role is a member of that. Raises ``SchemaMismatch`` (newer schema) and
-    ``MissingPrivilege``. All or nothing; cancelled: nothing.
+    All of it belongs to the schema's owner, if this role is a member of that. Where the structure changes it waits until no
+    transaction is in the midst of something with the tables, for as long as that takes. Raises ``SchemaMismatch`` (newer
+    schema) and ``MissingPrivilege``. All or nothing; cancelled: nothing.
     """
     available = load(schema)
     with translated():
@@ -126,17 +133,54 @@ async def apply(connection: TrioConnection, schema: str) -> list[str]:
 async def _apply(connection: TrioConnection, schema: str, available: Sequence[SqlFile]) -> list[SqlFile]:
     await connection.execute("set local lock_timeout = 0")
     await connection.execute("select pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"notifyq {schema}",))
-    pending = plan(await _installed(connection, schema), available)
+    installed = await _installed(connection, schema)
+    pending = plan(installed, available)
     if pending:
         if (owner := await _other_owner(connection, schema)) is not None:
             await connection.execute(sql.SQL("set local role {}").format(sql.Identifier(owner)))
         if not await _schema_exists(connection, schema):
             await connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
+        if _changes_structure(installed, pending):
+            await _take_tables(connection, schema)
         for file in pending:
             await connection.execute(file.text.encode())
         for file in pending:
             await connection.execute(_record(schema), (file.name, file.hash, VERSION))
     return pending
+
+
+def _changes_structure(installed: Installed | None, pending: Sequence[SqlFile]) -> bool:
+    return installed is not None and any(file.is_migration for file in pending)
+
+
+async def _take_tables(connection: TrioConnection, schema: str) -> None:
+    """Lock all tables before their structure changes, as soon as nobody is in the midst of something with them.
+
+    A migration would lock one after the other, and who sends or claims locks them in other orders: a deadlock, of which
+    either can be the victim. Taken together and given up in time, they make others wait for a moment, and fail nobody.
+    """
+    statement = await _lock_tables(connection, schema)
+    while True:
+        try:
+            async with connection.transaction():
+                await connection.execute(statement)
+            return
+        except psycopg.errors.LockNotAvailable:
+            await trio.sleep(random.uniform(1, 2) * LOCK_SECONDS)
+
+
+async def _lock_tables(connection: TrioConnection, schema: str) -> sql.Composed:
+    """What almost everybody begins with comes first: who comes later then waits there, and holds nothing."""
+    cursor = await connection.execute(
+        "select c.relname from pg_class c join pg_namespace n on n.oid = c.relnamespace"
+        " where n.nspname = %s and c.relkind in ('r', 'p') and not c.relispartition"
+        " order by c.relname <> 'queue', c.relname",
+        (schema,),
+    )
+    tables = [sql.Identifier(schema, name) for (name,) in await cursor.fetchall()]
+    return sql.SQL(
+        "set local lock_timeout = {}; lock table {} in access exclusive mode; set local lock_timeout = 0"
+    ).format(sql.Literal(f"{LOCK_SECONDS} s"), sql.SQL(", ").join(tables))
 
 
 async def grant_roles(connection: TrioConnection, schema: str, roles: Mapping[str, str]) -> None:
@@ -189,6 +233,9 @@ async def printed_plan(connection: TrioConnection, schema: str, roles: Mapping[s
         parts.append(sql.SQL("set local role {};").format(sql.Identifier(owner)).as_string(None))
     if installed is None and not await _schema_exists(connection, schema):
         parts.append(sql.SQL("create schema {};").format(sql.Identifier(schema)).as_string(None))
+    if _changes_structure(installed, pending):
+        lock = (await _lock_tables(connection, schema)).as_string(None)
+        parts.append(f"-- if this fails, somebody works with them just now: run it again\n{lock};")
     parts.extend(f"-- {file.name}\n{file.text}" for file in pending)
     cursor = psycopg.ClientCursor(connection.opened)
     parts.extend(f"{cursor.mogrify(_record(schema), (file.name, file.hash, VERSION))};" for file in pending)
