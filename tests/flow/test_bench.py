@@ -15,11 +15,13 @@ import pytest
 
 from notifyq import Queue, bench
 from notifyq.bench import __main__ as command
+from notifyq.bench._computing import COMPUTING
 from notifyq.bench._one_line import run as run_command
 from notifyq.bench._options import ALL, PLOTTED, doubts
-from notifyq.bench._parts import CannotMeasure
+from notifyq.bench._parts import CannotMeasure, Settings
 from notifyq.bench._plots import is_installed
 from notifyq.bench._report import write
+from notifyq.bench._scaling import scaling
 from notifyq.bench._sustained import last_over_first
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ TINY = {
     "latency": ("--jobs=200",),
     "keys": ("--jobs=200",),
     "flows": (),
+    "scaling": ("--processes=2",),
     "senders": ("--senders=3", "--seconds=1"),
     "sustained": ("--seconds=1",),
     "pinned": ("--seconds=3",),
@@ -49,6 +52,14 @@ FIGURES = {
     | {"freed_p50_ms", "plain_p50_ms", "freed_over_plain"}
     | {f"limit_{number}_jobs_per_second" for number in (1, 100, 10_000)},
     "flows": {f"{of}{what}_jobs_per_second" for of in ("", "limit_") for what in ("sent", "run")},
+    "scaling": {
+        "jobs_per_second",
+        "one_process_jobs_per_second",
+        "over_one_process",
+        "processes",
+        "limit_over_one_process",
+    }
+    | LIMIT,
     "senders": {
         "sends_per_second",
         "no_notify_sends_per_second",
@@ -254,6 +265,13 @@ def test_the_last_of_a_run_is_compared_with_its_first():
     assert last_over_first([10.0] * 60 + [0.0] * 480 + [5.0] * 60, 600.0) == 0.5
     with pytest.raises(CannotMeasure, match="nothing was completed in the first part of 2 s: give --seconds more"):
         last_over_first([0.0, 0.0, *[5.0] * 10], 2.0)
+
+
+async def test_workers_that_end_before_their_jobs_are_noticed(dsn, nq, monkeypatch):
+    monkeypatch.setattr("notifyq.bench._scaling.APP", "no_such_module:runtime")
+    await nq.create_queue(COMPUTING)
+    with pytest.raises(CannotMeasure, match="notifyq run ended with 1 before the jobs did"):
+        scaling(Settings(dsn, jobs=1, processes=2, concurrency=1, batch=1, kept=True), lambda _: None)
 
 
 def test_samples_are_written_on_one_line(tmp_path: Path):

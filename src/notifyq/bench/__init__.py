@@ -24,6 +24,10 @@ called ``limit`` is the same work by hand on a bare table in the same run.
 | ``senders.always_sends_per_second``, ``over_always`` | the same with ``bell="always"``; by how much the default is faster |
 | ``flows.sent_jobs_per_second``, ``run_jobs_per_second`` | 10,000 jobs between one before and one after them |
 | ``flows.limit_sent_jobs_per_second``, ``limit_run_…`` | as many bare rows that wait for nothing: inserted, deleted |
+| ``scaling.jobs_per_second``, ``processes`` | of ``notifyq run --processes``, jobs that compute for a millisecond |
+| ``scaling.one_process_jobs_per_second``, ``over_one_process`` | of one process; one over the other |
+| ``scaling.limit_jobs_per_second``, ``fraction_of_limit`` | as many processes that only compute as much; our part |
+| ``scaling.limit_over_one_process`` | what so many of those bring over one |
 | ``senders.sends_per_second`` | ``notifyq.send()`` of one job a transaction, by all senders, while workers are busy |
 | ``senders.no_notify_sends_per_second``, ``fraction_of_no_notify`` | the same with ``bell="never"``; one over the other |
 | ``senders.limit_sends_per_second``, ``fraction_of_limit`` | bare inserts, no trigger; our part of that |

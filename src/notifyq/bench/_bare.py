@@ -10,10 +10,11 @@ import time
 
 import psycopg
 
+from ._computing import compute
 from ._say import say
 from ._sql import BARE_CLAIM, BARE_FILL, BARE_LISTEN, BARE_SEND, BARE_TAKE
 
-__all__ = ["consume", "enqueue", "produce", "take"]
+__all__ = ["compute_for", "consume", "enqueue", "produce", "take"]
 
 
 def enqueue(dsn: str, jobs: int, batch: int, concurrency: int) -> None:
@@ -48,6 +49,15 @@ def take(dsn: str, kept: bool, rows: int) -> None:
         while (found := len(connection.execute(BARE_TAKE, {"rows": rows, "kept": kept}).fetchall())) > 0:
             taken += found
         say(seconds=time.perf_counter() - started, taken=taken)
+
+
+def compute_for(jobs: int) -> None:
+    """At go, compute as much as so many jobs of the scaling workload, without a queue."""
+    say(ready=True)
+    sys.stdin.readline()
+    for _ in range(jobs):
+        compute()
+    say(done=True)
 
 
 def consume(dsn: str, jobs: int) -> None:

@@ -171,6 +171,7 @@ async def _make_queues(dsn: str, kept: bool) -> None:
         await nq.create_queue(Queue("bench.drain", retention=KEPT if kept else 0))
         await nq.create_queue(Queue("bench.latency", retention=KEPT))
         await nq.create_queue(Queue("bench.chain", policy="singleton", retention=KEPT))
+        await nq.create_queue(Queue("bench.scaling", retention=KEPT))
         await nq.create_queue(Queue("bench.send_default", retention=KEPT))
         await nq.create_queue(Queue("bench.send_no_notify", retention=KEPT, bell="never"))
         await nq.create_queue(Queue("bench.send_always", retention=KEPT, bell="always"))

@@ -10,6 +10,7 @@ from ._backlog import backlog
 from ._idle import idle
 from ._queues import queues
 from ._rules import flows, keys
+from ._scaling import scaling
 from ._senders import senders
 from ._sustained import pinned, sustained
 from ._workloads import drain, enqueue, latency
@@ -39,6 +40,7 @@ ALL = {
     "latency": Kind(latency, ("jobs",)),
     "keys": Kind(keys, ("jobs", "processes", "concurrency")),
     "flows": Kind(flows, ("processes", "concurrency", "kept")),
+    "scaling": Kind(scaling, ("processes",)),
     "senders": Kind(senders, ("senders", "seconds", "processes", "concurrency"), seconds=24.0),
     "sustained": Kind(sustained, ("seconds", "concurrency"), seconds=30.0, repeat=1, warm_up=0),
     "pinned": Kind(pinned, ("seconds", "concurrency"), seconds=60.0, repeat=1, warm_up=0),

@@ -109,6 +109,8 @@ def main(role: str, *numbers: str) -> None:
             _bare.enqueue(dsn, int(numbers[0]), int(numbers[1]), int(numbers[2]))
         case "bare-take":
             _bare.take(dsn, numbers[0] == "True", int(numbers[1]))
+        case "compute":
+            _bare.compute_for(int(numbers[0]))
         case "bare-consume":
             _bare.consume(dsn, int(numbers[0]))
         case "bare-produce":

@@ -45,6 +45,14 @@ select id, data from gone
 """
 SEND_ONE: LiteralString = "select notifyq.send('queue', '1')"
 SEND_ALL: LiteralString = "select count(*) from notifyq.send_many('bench.drain', %s::jsonb)"
+SEND_NUMBERS: LiteralString = (
+    "select count(*) from notifyq.send_many(%s,"
+    " (select jsonb_agg(jsonb_build_object('data', number)) from generate_series(1, %s) number))"
+)
+SCALING_SPAN: LiteralString = (
+    "select count(*), extract(epoch from max(finished_at) - min(claimed_at))::float8 from notifyq.archive"
+    " where queue = (select number from notifyq.queue where name = %s) and state = 'completed'"
+)
 UNFINISHED: LiteralString = (
     "select exists (select from notifyq.ready) or exists (select from notifyq.active)"
     " or exists (select from notifyq.scheduled)"
