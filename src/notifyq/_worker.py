@@ -13,6 +13,7 @@ from ._answers import Haul
 from ._claimer import Claimer
 from ._claimer_calls import ClaimerCalls
 from ._connection import ANSWER_TIMEOUT, answered_within
+from ._errors import NoLease, UnknownQueue
 from ._executor import Executor
 from ._models import Discarded, Released
 
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from .events import Events
 
 __all__ = ["QueueWorker"]
+
+
+REFUSED = (NoLease, UnknownQueue)
+"""What a claim raises before it has taken anything."""
 
 
 class QueueWorker:
@@ -207,7 +212,8 @@ class QueueWorker:
                         durably=self._durably,
                     )
             except BaseException as error:
-                self._answer_lost()
+                if not isinstance(error, REFUSED):
+                    self._answer_lost()
                 # It was not answered in time. What breaks the connection says nothing of looks.
                 if floors is None and isinstance(error, trio.Cancelled):
                     self.claimer.looks.made(self._claiming_since, trio.current_time())
@@ -231,7 +237,8 @@ class QueueWorker:
         def heard(answer: list[Any] | Exception) -> None:
             self._asking_since = math.inf
             if isinstance(answer, Exception):
-                self._answer_lost()
+                if not isinstance(answer, REFUSED):
+                    self._answer_lost()
                 answered(answer)
             else:
                 answered(self._still_ours(self._store.haul(answer), lease_number))

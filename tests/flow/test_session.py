@@ -1367,15 +1367,21 @@ async def test_beats_wait_for_a_claim_that_takes_a_moment(start, nq, connection,
     assert seen.of(events.ListenerDown) == []
 
 
-async def test_a_claim_is_refused_in_words_when_the_lease_is_gone(start, nq, connection, monkeypatch):
+@pytest.mark.parametrize("where", ["there", "pool"])
+async def test_a_claim_is_refused_in_words_when_the_lease_is_gone(start, nq, connection, monkeypatch, where):
     queue = attempt_queue()
     seen = await start(queue, lease=3.0)
     await until_it_would_claim_there(monkeypatch, connection)
+    if where == "pool":
+        monkeypatch.setattr(QueueWorker, "_claim_at_once", lambda *_: False)
+    looks: list[Any] = []
+    monkeypatch.setattr(Store, "held", lambda *args: looks.append(args))
     await connection.execute("delete from notifyq.runtime")
     sent = await nq.send(queue, 1)
     with trio.fail_after(20):
         assert await nq.result(sent) == 1
     assert len(seen.of(events.LeaseGivenUp)) == 1
+    assert looks == []  # it has brought nothing that could be lost
 
 
 async def test_data_nested_too_deeply_for_python_fails_its_own_job_and_no_other(start, nq, connection):
