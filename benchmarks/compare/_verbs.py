@@ -68,7 +68,7 @@ def bare_pickup(cell: Cell) -> dict[str, Any]:
             producer.hear()
             pickups = consumer.hear()["pickups"]
             found += [pickup / 1e6 for pickup in pickups] if turn else []
-    percentiles = statistics.quantiles(found, n=100)
+    percentiles = statistics.quantiles(found, n=100, method="inclusive")
     return {"p50_ms": percentiles[49], "p99_ms": percentiles[98]}
 
 

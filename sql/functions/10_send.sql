@@ -125,6 +125,19 @@ begin
 end
 $$;
 
+-- True, or NQ003: headers are read as an object.
+create or replace function notifyq.headers_fit(headers jsonb) returns boolean
+language plpgsql immutable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if jsonb_typeof(headers_fit.headers) <> 'object' then
+        raise exception 'headers must be a JSON object, not %', jsonb_typeof(headers_fit.headers) using errcode = 'NQ003';
+    end if;
+    return true;
+end
+$$;
+
 -- Reserves something for a job, once; returns the job that has it, which is this one if it was free.
 create or replace function notifyq.reserve(
     queue int, kind "char", key text, slot bigint, job bigint, until timestamptz default null, debounce float8 default null
@@ -312,6 +325,9 @@ begin
             send_one.retry_delay_max, send_one.timeout, send_one.expire_in);
         due := coalesce(send_one.due_at, clock_timestamp() + send_one.delay);
     end if;
+    if send_one.headers is not null then
+        perform notifyq.headers_fit(send_one.headers);
+    end if;
     if octet_length(send_one.data::text) > q.max_data_bytes then
         perform notifyq.data_fits(send_one.data, q);
     end if;
@@ -486,6 +502,10 @@ begin
     or e.value - allowed <> '{}'
     limit 1;
     if found then
+        if jsonb_typeof(entry) <> 'object' then
+            raise exception 'each of the jobs must be a JSON object, not %', jsonb_typeof(entry)
+            using errcode = 'NQ003', hint = 'Its data goes under "data": [{"data": ...}].';
+        end if;
         perform notifyq.check_options(entry, allowed);
     end if;
     -- What is reserved by key is sent one by one, and in the order of the keys and id_keys, as in send_each().
@@ -578,6 +598,7 @@ begin
         and (num_nonnulls(e.priority, e.delay, e.due_at, e.retry_limit, e.retry_delay, e.retry_delay_max, e.timeout, e.expire_in) = 0
             or notifyq.options_fit(e.priority, notifyq.duration(e.delay), e.due_at, e.retry_limit, notifyq.duration(e.retry_delay),
             notifyq.duration(e.retry_delay_max), notifyq.duration(e.timeout), notifyq.duration(e.expire_in)))
+        and (e.headers is null or notifyq.headers_fit(nullif(e.headers, 'null')))
         and notifyq.key_options_fit(send_each.queue, e.key, null, null, false)
     ), ticket as materialized (
         -- So many of each key may go ahead; those behind them need not be looked at before they have.

@@ -152,9 +152,7 @@ begin
     if (check_schedule.missed in ('skip', 'once')) is not true then
         raise exception 'missed must be ''skip'' or ''once'', not %', coalesce(quote_literal(check_schedule.missed), 'null') using errcode = 'NQ003';
     end if;
-    if jsonb_typeof(check_schedule.headers) <> 'object' then
-        raise exception 'headers must be a JSON object, not %', jsonb_typeof(check_schedule.headers) using errcode = 'NQ003';
-    end if;
+    perform notifyq.headers_fit(check_schedule.headers);
     if check_schedule.every is not null then
         if check_schedule.every not between interval '100 milliseconds' and interval '366 days' then
             raise exception 'every must be from 0.1 seconds to 366 days, not %', check_schedule.every using errcode = 'NQ003';

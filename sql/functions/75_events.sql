@@ -68,9 +68,7 @@ declare
     labelled jsonb := coalesce(publish.headers, '{}') || jsonb_build_object('event', publish.event);
 begin
     perform notifyq.check_event(publish.event);
-    if jsonb_typeof(publish.headers) <> 'object' then
-        raise exception 'headers must be a JSON object, not %', jsonb_typeof(publish.headers) using errcode = 'NQ003';
-    end if;
+    perform notifyq.headers_fit(publish.headers);
     return query
     select s.queue, t.id, t.created
     from (

@@ -174,6 +174,8 @@ begin
         end;
     end loop;
     return made;
+exception when lock_not_available then
+    return 0; -- an upgrade has the tables
 end
 $$;
 

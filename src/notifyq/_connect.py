@@ -81,9 +81,9 @@ async def prepare(dsn: str, schema: str, *, migrate: bool, patience: float) -> N
             break
         except ConnectionLost as error:
             if _is_final(error):
-                raise ConnectionLost(f"the server refused the connection: {error.__cause__}") from error
+                raise ConnectionLost(f"the server refused the connection: {error.__cause__}") from None
             if trio.current_time() + PATIENCE_PAUSE > deadline:
-                raise ConnectionLost(f"cannot reach the server within {patience:g} s: {error.__cause__}") from error
+                raise ConnectionLost(f"cannot reach the server within {patience:g} s: {error.__cause__}") from None
             await trio.sleep(PATIENCE_PAUSE)
     try:
         if migrate:
@@ -127,7 +127,7 @@ def connect(
         ConnectionLost: the server could not be reached in time, or refused the connection.
         SchemaMismatch: the schema is newer, or ``migrate=False`` and it is missing or older.
         MissingPrivilege: the role may not install it.
-        RuntimeError: it is open already. Once closed it can be opened again, with a client of its own.
+        RuntimeError: it is open already, or this is not trio. Once closed it can be opened again, with a client of its own.
     """
     return _Opening(lambda: _opened(dsn, listen_dsn, schema, migrate, pool_size, connect_timeout))
 
@@ -142,6 +142,12 @@ class _Opening(contextlib.AbstractAsyncContextManager["Client"]):
     async def __aenter__(self) -> Client:
         if self._entered is not None:
             raise RuntimeError("this client is open already: use it, or call connect() again for another one")
+        try:
+            trio.lowlevel.current_task()
+        except RuntimeError:
+            raise RuntimeError(
+                "notifyq's client runs under trio: from asyncio, send with queue.statement() on a connection of your own"
+            ) from None
         self._entered = self._opened()
         try:
             return await self._entered.__aenter__()
@@ -176,7 +182,7 @@ async def _opened(
         raise InvalidOption(f"connect_timeout must be above zero and at most 86400 seconds, not {connect_timeout!r}")
     await prepare(dsn, schema, migrate=migrate, patience=patience)
     store = Store(schema)
-    raised: Exception | None = None
+    raised: BaseException | None = None
     async with (
         Pool(dsn, size=pool_size, connect_timeout=patience) as pool,
         trio.open_nursery() as nursery,
@@ -185,7 +191,7 @@ async def _opened(
         client = Client(pool, store, listener, lambda: nursery.start_soon(listener.run))
         try:
             yield client
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             raised = error  # and not the nursery's group of one
         finally:
             client.close()

@@ -28,7 +28,7 @@ from ._lock import QuickLock
 from ._steps import Step
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
                 step.abandon()
             raise
 
-    async def fetch(self, statement: str, parameters: Sequence[bytes | None] = ()) -> list[tuple[Any, ...]]:
+    async def fetch(self, statement: str, parameters: list[bytes | None] | None = None) -> list[tuple[Any, ...]]:
         """Run a statement with ``$1``-style parameters, given as PostgreSQL's text in UTF-8, and return its rows.
 
         A cursor's work for every execution (placeholders, dumpers, the look-up of what is prepared) costs more than the
@@ -86,7 +86,9 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         """
         if self._pipeline is not None or not self._autocommit:  # the caller's: psycopg keeps the books
             cursor = psycopg.AsyncRawCursor(self)
-            await cursor.execute(statement.encode(), [None if text is None else text.decode() for text in parameters])
+            await cursor.execute(
+                statement.encode(), [None if text is None else text.decode() for text in parameters or ()]
+            )
             return await cursor.fetchall()
         async with self.lock:
             known = self._statements.get(statement)
@@ -128,7 +130,7 @@ class TrioConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
             known.name = name
         return known
 
-    def send(self, statement: str, parameters: Sequence[bytes | None] = ()) -> bool:
+    def send(self, statement: str, parameters: list[bytes | None] | None = None) -> bool:
         """Send a prepared statement without waiting for anything. False: it is not prepared, or the connection is not free.
 
         ``wait_input`` waits for the answer, among other things, and ``received`` takes it: until then nobody else can use

@@ -51,4 +51,4 @@ async def declare_at_start(connection: TrioConnection, store: Store, queues: Ite
         return
     for queue, what in done.items():
         if what.startswith("differs"):
-            log.warning("queue %s: in the database %s (update_queue changes it)", queue, what)
+            log.warning("queue %s: in the database %s (`notifyq queues set` or update_queue() changes it)", queue, what)

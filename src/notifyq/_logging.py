@@ -63,7 +63,8 @@ def _text(event: Event) -> str:
         case events.JobFailed(queue, job_id, attempt, type_, _, state):
             return f"{queue} job {job_id} attempt {attempt} failed, now {state}: {type_}"
         case events.JobsRescued(job_ids):
-            return f"rescued {len(job_ids)} jobs of a runtime that died: {', '.join(map(str, job_ids[:20]))}"
+            jobs = f"{len(job_ids)} job{'' if len(job_ids) == 1 else 's'}"
+            return f"rescued {jobs} whose lease or time had run out: {', '.join(map(str, job_ids[:20]))}"
         case events.LeaseLost(queue, job_id, attempt):
             return f"{queue} job {job_id} attempt {attempt} was no longer ours: its outcome was not stored"
         case events.JobCancelled(queue, job_id, attempt):
@@ -82,7 +83,9 @@ def _text(event: Event) -> str:
             return f"schedule {schedule} of {queue} cannot fire: {reason}"
         case events.ScheduleMissed(queue, schedule, since, fired_for):
             made = (
-                "made no job" if fired_for is None else f"one job for {fired_for:%Y-%m-%d %H:%M:%S} UTC makes up for it"
+                "none of them made a job"
+                if fired_for is None
+                else f"one job for {fired_for:%Y-%m-%d %H:%M:%S} UTC makes up for it"
             )
             return f"schedule {schedule} of {queue} has missed firings since {since:%Y-%m-%d %H:%M:%S} UTC: {made}"
         case events.ScheduleFired(queue, schedule, job_id, fired_for):

@@ -88,10 +88,15 @@ def renamed(text: str, schema: str) -> str:
 def plan(installed: Installed | None, available: Sequence[SqlFile]) -> list[SqlFile]:
     """Say which files to run. Pure.
 
-    Raises ``SchemaMismatch`` if the database is newer than these files, or has a migration whose text differs.
+    Raises ``SchemaMismatch`` if the database is newer than these files, has a migration whose text differs, or says of none.
     """
     if installed is None:
         return list(available)
+    if not installed.hashes:
+        raise SchemaMismatch(
+            "the schema was made by hand from the files, and does not say from which version's: drop it, and run what"
+            " `notifyq migrate --plan` prints instead"
+        )
     migrations = {file.name: file for file in available if file.is_migration}
     for name, hash_ in installed.hashes.items():
         if name.startswith("migrations/"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -280,3 +281,23 @@ async def test_a_client_is_opened_once_at_a_time_and_can_be_opened_again(dsn, mo
         assert await second.runtimes() == []
     with pytest.raises(notifyq.ClientClosed):
         await first.runtimes()
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+async def test_what_ends_the_block_comes_out_as_it_is(dsn, kind):
+    async def block() -> None:
+        async with notifyq.connect(dsn) as nq:
+            await nq.runtimes()
+            raise kind("why")
+
+    with pytest.raises(kind, match="why"):  # and not in a group
+        await block()
+
+
+def test_a_client_in_asyncio_says_what_to_do_instead():
+    async def send() -> None:
+        async with notifyq.connect("host=/nowhere"):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"runs under trio: from asyncio, send with queue.statement\(\)"):
+        asyncio.run(send())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from notifyq import Job, Queue, _schema, events
+from notifyq import Job, Queue, SchemaMismatch, _schema, events
 from notifyq._opening import open_connection
 from tests.faults.chaos.servers import binaries
 
@@ -71,6 +71,9 @@ async def test_the_files_run_by_hand_make_the_same(empty_dsn):
     for file in _schema.load("notifyq"):
         await connection.execute(file.text.encode())
     assert await structure(connection) == EXPECTED.read_text(encoding="utf-8")
+    for use in (_schema.apply, _schema.check):  # nothing says which version's they were
+        with pytest.raises(SchemaMismatch, match=r"made by hand from the files.*run what `notifyq migrate --plan`"):
+            await use(connection, "notifyq")
     await connection.close()
 
 

@@ -341,6 +341,13 @@ WHERE = "select tableoid::regclass::text ~ '_[0-9]{8}$' from notifyq.archive"
 
 
 @either_end
+async def test_leaves_are_not_made_while_an_upgrade_has_the_tables_and_nothing_fails(ask, race, queue, commit):
+    lock = "lock table notifyq.queue in access exclusive mode"
+    assert await race(lock, "select notifyq.make_leaves()", commit=commit, waits=False) == ([], [(0,)])
+    assert (await ask("select notifyq.make_leaves()"))[0][0] > 0
+
+
+@either_end
 async def test_a_leaf_is_not_made_under_an_open_completion_and_no_row_is_lost(ask, race, stands, job, commit):
     await ask(CLAIM)
     made = await race(f"select notifyq.complete({job})", "select notifyq.make_leaves()", commit=commit, waits=False)

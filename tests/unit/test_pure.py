@@ -349,6 +349,7 @@ def test_data_that_does_not_fit_names_every_place():
         ("1", int, "expected int, not str"),
         ([1, "x"], list[int], "@ $"),
         ({"n": 1}, Outer, "Outer"),
+        (Outer(Inner(datetime(2026, 1, 2, tzinfo=UTC), ["a"]), "3"), Outer, r"expected int @ $.n"),
     ],
 )
 def test_bad_data_is_refused_when_sent(value, type_, message):

@@ -49,7 +49,7 @@ def sustained(settings: Settings, tell: Tell) -> Found:
     clear(settings.dsn)
     limit = _steady(settings, "bare", settings.seconds / 3, part_of(tell, 0.75, 1))
     clear(settings.dsn)
-    percentiles = statistics.quantiles(pickups, n=100)
+    percentiles = statistics.quantiles(pickups, n=100, method="inclusive")
     rate = statistics.mean(rates)
     return {
         "jobs_per_second": rate,

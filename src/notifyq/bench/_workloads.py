@@ -108,7 +108,7 @@ def latency(settings: Settings, tell: Tell) -> Found:
             tell((turn + 1) / (turns + 1))
         found = [row[0] / 1e6 for row in connection.execute(PICKUPS, ("bench.latency",)).fetchall()][TURN:]
     clear(settings.dsn)
-    percentiles = statistics.quantiles(found, n=100)
+    percentiles = statistics.quantiles(found, n=100, method="inclusive")
     p50, limit_p50 = percentiles[49], statistics.median(limit)
     return {
         "p50_ms": p50,
