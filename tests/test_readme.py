@@ -55,6 +55,27 @@ async def test_the_sql_example_runs(dsn, connection):
     assert (queue, state) == ("reminders", "completed")
 
 
+async def test_a_consumer_by_the_sql_page_works(ask, connection, other):
+    page = (Path(__file__).parent.parent / "sql" / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    statements = [line.split(";")[0] for line in block.splitlines()]
+    await ask("select notifyq.create_queue('reminders', '{\"retry_delay\": 0}')")
+    [(number, channel)] = await ask(statements.pop(0))
+    assert number == 1
+    heard: list[str] = []
+    connection.on_notification(lambda channel, _: heard.append(channel))
+    await connection.execute(psycopg.sql.SQL("listen {}").format(psycopg.sql.Identifier(channel)))
+    [(_, stands, passed, *_)] = await ask(statements.pop(0))
+    assert (stands, passed) == (True, True)
+    await other.execute("select notifyq.send('reminders', '{}') from generate_series(1, 3)")
+    with trio.fail_after(5):
+        while not heard:
+            await connection.wait_input()
+    assert heard == [channel]
+    found = [await ask(statement) for statement in statements]
+    assert found == [[(1, 1, {}), (2, 1, {}), (3, 1, {})], [(True,)], [("ready",)], [(True,)], [([3],)]]
+
+
 def test_every_make_target_it_names_exists():
     makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make (\w+)  ", README):
