@@ -156,9 +156,7 @@ async def test_a_change_of_structure_under_load_loses_no_job_and_fails_nobody(st
             name = release()
             with trio.fail_after(20):
                 assert name in await _schema.apply(connection, "notifyq")
-            more = len(sent) + 100
-            while len(sent) < more:
-                await trio.sleep(0.01)
+            await seen[0].wait(events.JobCompleted, len(seen[0].of(events.JobCompleted)) + 20)  # work goes on
         upgraded.set()
     with trio.fail_after(20):
         for job in sent:
