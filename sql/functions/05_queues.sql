@@ -25,7 +25,7 @@ begin
     where q.name = queue_named.name;
     if not found then
         raise exception 'there is no queue named %', coalesce(quote_literal(queue_named.name), 'null')
-        using errcode = 'NQ001', hint = 'Create it first: select notifyq.create_queue(name), or start a worker that declares it.';
+        using errcode = 'NQ001', hint = 'Create it with create_queue(), or start a worker that declares it.';
     end if;
     return found_queue;
 end

@@ -82,7 +82,7 @@ begin
     cross join lateral notifyq.try_send(s.queue, publish.data, headers => labelled, id_key => publish.id_key) t;
     if not found then
         raise exception 'nobody has subscribed to event %', quote_literal(publish.event)
-        using errcode = 'NQ003', hint = 'Subscribe a queue first: select notifyq.subscribe(event, queue).';
+        using errcode = 'NQ003', hint = 'Subscribe a queue first: subscribe(event, queue).';
     end if;
 end
 $$;

@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import attrs
 import click
@@ -18,7 +19,7 @@ import trio
 from . import _schema
 from ._connect import connect, resolve_dsn, resolve_listen_dsn
 from ._ctrl_c import ctrl_c_alone
-from ._errors import InvalidOption
+from ._errors import InvalidOption, NotifyqError
 from ._opening import open_connection
 from ._runtime import Runtime, run_until_signal
 from ._sql import check_schema_name, translated
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+IMPORTERS = (__file__, importlib.__file__, "<frozen importlib")
+"""Beginnings of the names of files that stand between a command and what it imports."""
 
 
 @attrs.frozen
@@ -56,21 +60,50 @@ class Target:
             return trio.run(main)
 
 
+def _choose(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    target: Target = context.obj or Target(os.environ.get("NOTIFYQ_DSN"), None)  # how a supervisor tells its workers
+    if value is not None and parameter.name == "dsn":
+        target = attrs.evolve(target, dsn=value)
+    elif value is not None:
+        target = attrs.evolve(target, given_schema=check_schema_name(value))
+    context.obj = target
+
+
+def _target_options() -> list[click.Parameter]:
+    dsn = "The database, as a URI or key=value pairs.  [default: the environment's DATABASE_URL]"
+    schema = "The schema of the installation.  [default: notifyq]"
+    return [
+        click.Option(["--dsn"], help=dsn, expose_value=False, callback=_choose),
+        click.Option(["--schema"], help=schema, expose_value=False, callback=_choose),
+    ]
+
+
+class Command(click.Command):
+    """A command about an installation. Which one can be said before and after the command's name."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params += _target_options()
+
+
+class Group(click.Group):
+    """Such commands."""
+
+    command_class = Command
+    group_class = type
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params += _target_options()
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with all columns.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--dsn",
-    envvar="NOTIFYQ_DSN",  # how a supervisor tells its workers
-    help="The database, as a URI or key=value pairs.  [default: the environment's DATABASE_URL]",
-)
-@click.option("--schema", help="The schema of the installation.  [default: notifyq]")
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_schema.VERSION)
-@click.pass_context
-def cli(context: click.Context, dsn: str | None, schema: str | None) -> None:
+def cli() -> None:
     """A PostgreSQL job queue."""
-    context.obj = Target(dsn, None if schema is None else check_schema_name(schema))
 
 
 @cli.command()
@@ -147,14 +180,27 @@ def load_runtime(app: str) -> Runtime:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise
+            raise_from_its_lines(error)
         raise InvalidOption(f"there is no module {module_name!r} here or on the Python path") from error
+    except NotifyqError:
+        raise
+    except Exception as error:
+        raise_from_its_lines(error)
     runtime = getattr(module, name, None)
     if not isinstance(runtime, Runtime):
         found = [key for key, value in vars(module).items() if isinstance(value, Runtime)]
         hint = f"; it has {', '.join(found)}" if found else "; make one: runtime = notifyq.Runtime([queue])"
         raise InvalidOption(f"module {module_name!r} has no Runtime named {name!r}{hint}")
     return runtime
+
+
+def raise_from_its_lines(error: Exception) -> NoReturn:
+    """Say what a module raised while it was imported, from its own lines on: who imported it is nobody's concern."""
+    traced = error.__traceback__
+    while traced is not None and traced.tb_frame.f_code.co_filename.startswith(IMPORTERS):
+        traced = traced.tb_next
+    traceback.print_exception(error.with_traceback(traced))
+    sys.exit(1)
 
 
 @cli.command()
@@ -210,7 +256,7 @@ def uninstall(target: Target, yes: bool) -> None:
     print(f"schema {target.schema} dropped")
 
 
-@cli.command()
+@cli.command(cls=click.Command)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def new(folder: Path) -> None:
     """Write a small runnable project into DIR."""
@@ -220,7 +266,7 @@ def new(folder: Path) -> None:
         print(file)
 
 
-@cli.command()
+@cli.command(cls=click.Command)
 def demo() -> None:
     """Run the example project on an embedded server (or DATABASE_URL) and show what happens to its jobs."""
     from ._demo import main
@@ -228,7 +274,7 @@ def demo() -> None:
     main()
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@cli.command(cls=click.Command, context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
     """Measure; the same as python -m notifyq.bench."""

@@ -15,24 +15,26 @@ from rich.tree import Tree
 from ._cli import as_json, cli
 from ._cli_table import show, show_record
 from ._client import Client
-from ._errors import InvalidData
+from ._errors import InvalidData, JobNotFound, UnknownQueue
 from ._queue import Queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ._cli import Target
-    from ._models import FlowJob, SendOptions
+    from ._models import FlowJob, JobRecord, SendOptions
 
 __all__ = ["flow_tree", "parsed"]
 
 
 def parsed(data: str) -> Any:
     """A value given as JSON, or on stdin if it is ``-``. Raises ``InvalidData``."""
+    given = sys.stdin.read() if data == "-" else data
     try:
-        return json.loads(sys.stdin.read() if data == "-" else data)
+        return json.loads(given)
     except ValueError as error:
-        raise InvalidData(f"{data!r:.80} is not JSON: {error}") from None
+        what = f"{given!r:.80}" + (" from stdin" if data == "-" else "")
+        raise InvalidData(f"{what} is not JSON: {error}") from None
 
 
 @cli.command()
@@ -84,7 +86,13 @@ def runtimes(target: Target, as_json: bool) -> None:
 @click.pass_obj
 def jobs(target: Target, queue: str | None, state: str | None, limit: int, as_json: bool) -> None:
     """The newest jobs."""
-    found = target.ask(lambda nq: nq.jobs(queue=queue, state=state, limit=limit))
+
+    async def ask(nq: Client) -> list[JobRecord]:
+        if queue is not None and queue not in {row["queue"] for row in await nq.queue_stats()}:
+            raise UnknownQueue(f"there is no queue named {queue!r}: see notifyq queues")
+        return await nq.jobs(queue=queue, state=state, limit=limit)
+
+    found = target.ask(ask)
     rows = [attrs.asdict(record) for record in found]
     if not as_json:
         columns = ("id", "queue", "state", "retrying", "attempt", "priority", "data", "output", "sent_at", "due_at")
@@ -151,10 +159,15 @@ def _operation(name: str, verb: str, text: str) -> None:
     @as_json
     @click.pass_obj
     def command(target: Target, jobs: tuple[int, ...], as_json: bool) -> None:
-        affected = target.ask(lambda nq: getattr(nq, name)(*jobs))
-        untouched = [job for job in jobs if job not in affected]
-        text = f"{verb}: {_listed(affected)}" + (f"; not: {_listed(untouched)}" if untouched else "")
-        show([{"affected": affected, "untouched": untouched}], as_json, text, single=True)
+        async def ask(nq: Client) -> tuple[list[int], dict[int, str]]:
+            affected = await getattr(nq, name)(*jobs)
+            return affected, {job: await _state(nq, job) for job in jobs if job not in affected}
+
+        affected, untouched = target.ask(ask)
+        text = f"{verb}: {_listed(affected)}"
+        if untouched:
+            text += f"; not: {_listed(f'{job} ({state})' for job, state in untouched.items())}"
+        show([{"affected": affected, "untouched": list(untouched)}], as_json, text, single=True)
         if untouched:
             sys.exit(1)
 
@@ -190,5 +203,12 @@ def redrive(
     show([{"id": old, "queue": to, "new_id": new} for old, to, new in moved], as_json, title)
 
 
-def _listed(jobs: Iterable[int]) -> str:
+async def _state(nq: Client, job: int) -> str:
+    try:
+        return (await nq.get(job)).state
+    except JobNotFound:
+        return "no such job"
+
+
+def _listed(jobs: Iterable[object]) -> str:
     return ", ".join(map(str, jobs)) or "none"

@@ -91,7 +91,7 @@ class JobFailed(NotifyqError):
     """
 
     def __init__(self, job_id: int, state: str, type: str | None, message: str | None) -> None:
-        super().__init__(f"job {job_id} {state}" + (f": {type}: {message}" if type else ""))
+        super().__init__(": ".join(filter(None, (f"job {job_id} {state}", type, message))))
         self.job_id = job_id
         self.state = state
         self.type = type

@@ -235,6 +235,13 @@ def test_what_cannot_be_measured_is_refused_in_a_line(refusal, arguments, why):
     assert why in refusal(*arguments)
 
 
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_help_is_had_by_either_name(capsys, asked):
+    with pytest.raises(SystemExit):
+        run_command(command.main, "notifyq.bench", [asked])
+    assert "Measure WORKLOADS" in capsys.readouterr().out
+
+
 def test_pictures_without_matplotlib_are_refused(refusal, monkeypatch):
     monkeypatch.setattr(command, "is_installed", lambda: False)
     assert refusal("latency", "--plot=pictures") == "bench: --plot needs matplotlib: pip install 'notifyq[bench]'"

@@ -56,7 +56,10 @@ async def test_a_job_from_send_to_delete(notifyq, nq):
     assert (record["state"], record["data"], record["priority"]) == ("ready", {"n": 1}, 3)
     assert "ready" in (await notifyq("show", job))[1]
     assert (await notifyq("cancel", job))[:2] == (0, f"cancelled: {job}")
-    assert (await notifyq("cancel", job))[:2] == (1, f"cancelled: none; not: {job}")
+    assert (await notifyq("cancel", job, "999999"))[:2] == (
+        1,
+        f"cancelled: none; not: {job} (cancelled), 999999 (no such job)",
+    )
     assert (await notifyq("resume", job))[0] == 0
     [fetched] = await nq.fetch(Queue("q"))
     assert await nq.fail(fetched, "broken")
@@ -82,24 +85,56 @@ async def test_a_job_from_send_to_delete(notifyq, nq):
     [
         (("send", "nowhere", "1"), 1, "there is no queue named 'nowhere'"),
         (("send", "bad name", "1"), 1, "queue name 'bad name'"),
-        (("send", "q", "{bad"), 1, "is not JSON"),
+        (("send", "q", "{bad"), 1, "'{bad' is not JSON"),
+        (("send", "q", "-"), 1, "'' from stdin is not JSON"),
         (("show", "999999"), 1, "no job 999999"),
         (("run", "nonsense"), 2, "is not MODULE:RUNTIME"),
         (("run", "no_such_module:runtime"), 1, "there is no module 'no_such_module'"),
         (("run", "json:runtime"), 1, "module 'json' has no Runtime named 'runtime'"),
         (("--schema", "No", "queues"), 1, "lower-case letters"),
-        (("--schema", "elsewhere", "queues"), 1, "run `notifyq migrate`"),
+        (("--schema", "elsewhere", "queues"), 1, "schema 'elsewhere' is not installed: run `notifyq migrate`"),
+        (("queues", "--schema", "elsewhere"), 1, "schema 'elsewhere' is not installed: run `notifyq migrate`"),
+        (("queues", "pause", "--schema", "elsewhere", "q"), 1, "schema 'elsewhere' is not installed"),
+        (("queues", "pause", "--schema", "No", "q"), 1, "lower-case letters"),
+        (("runtimes", "--dsn", "not a dsn"), 1, "the DSN is not one"),
         (("--dsn", "not a dsn", "queues"), 1, "the DSN is not one"),
         (("--dsn", "host=/nowhere connect_timeout=1", "migrate"), 1, "connection"),
         (("jobs", "--state", "sleeping"), 2, "sleeping"),
+        (("jobs", "--queue", "nowhere"), 1, "there is no queue named 'nowhere'"),
     ],
 )
 async def test_a_mistake_is_one_readable_line_and_an_exit_code(notifyq, arguments, code, message):
-    ended, _, err = await notifyq(*arguments)
+    ended, _, err = await notifyq(*arguments, stdin="")
     assert (ended, message in err) == (code, True), err
     assert "Traceback" not in err
     if code == 1:
         assert len(err.splitlines()) == 1
+
+
+async def test_an_option_after_the_command_counts_more_than_the_one_before_it_and_than_the_environment(notifyq, dsn):
+    assert (await notifyq("--dsn", "not a dsn", "queues", "--dsn", dsn, url="nor this"))[0] == 0
+    assert (await notifyq("--schema", "elsewhere", "queues", "--schema", "notifyq"))[0] == 0
+    assert (
+        "no queue named 'q'"
+        in (await notifyq("queues", "--schema", "elsewhere", "pause", "q", "--schema", "notifyq"))[2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "lines"),
+    [
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'", 4),
+        ("def find(): raise KeyError('salt')\nfind()", "KeyError: 'salt'", 6),
+        ("runtime = (1", "SyntaxError: '(' was never closed", 3),
+    ],
+)
+async def test_what_is_wrong_in_a_module_is_said_from_its_own_lines_on(notifyq, tmp_path, text, last, lines):
+    (tmp_path / "broken.py").write_text(text)
+    code, out, err = await notifyq("run", "broken:runtime")
+    assert (code, out) == (1, "")
+    said = [line for line in err.splitlines() if set(line.strip()) - {"^", "~"}]  # those differ between versions
+    assert (said[-1], len(said)) == (last, lines), err
+    assert "click" not in err
 
 
 async def test_run_ends_with_one_line_when_the_server_cannot_be_reached(notifyq, tmp_path):

@@ -283,6 +283,7 @@ async def test_the_result_of_a_job_that_did_not_complete_is_its_error(nq, when):
     assert (failed.job_id, failed.type, failed.message) == (sent[0].id, "ValueError", "broken")
     assert (cancelled.job_id, cancelled.type) == (sent[1].id, None)
     assert str(failed) == f"job {sent[0].id} failed: ValueError: broken"
+    assert str(notifyq.JobFailed(7, "failed", "Retry", "")) == "job 7 failed: Retry"
 
 
 async def test_a_result_still_comes_after_the_listeners_backend_was_killed(nq, connection):

@@ -30,9 +30,10 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(
+    context_settings={"help_option_names": ["-h", "--help"]},
     help=f"Measure WORKLOADS: {MAIN_WORDS} (the default), {OTHER_WORDS}, or all.\n\n"
     "In databases of its own, which it drops afterwards, on a server that it starts, or on the one given. "
-    "It touches no database that it has not made, and needs a role that may create databases."
+    "It touches no database that it has not made, and needs a role that may create databases.",
 )
 @click.argument("workloads", nargs=-1, type=click.Choice([*ALL, "all"]), metavar="[WORKLOADS]...")
 @click.option(
