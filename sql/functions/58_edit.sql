@@ -210,8 +210,8 @@ $$;
 -- it does neither, as send(): not created, and id is the active job. Raises as update_job() and send(), and NQ006 (isolation level).
 create or replace function notifyq.upsert(
     queue text,
-    key text,
     data jsonb default null,
+    key text default null,
     priority int default null,
     delay interval default null,
     due_at timestamptz default null,

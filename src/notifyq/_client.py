@@ -134,7 +134,7 @@ class Client(Planner):
         plain = plain_options({"priority": priority, "delay": delay})
         async with self._on(connection) as on:
             job, created = await self._store.flows.upsert(
-                on, queue.name, key, encoded, priority, plain.get("delay"), plain.get("due_at")
+                on, queue.name, encoded, key, priority, plain.get("delay"), plain.get("due_at")
             )
         return Sent(job, created, queue, schema=self.schema)
 

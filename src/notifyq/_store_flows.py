@@ -55,14 +55,14 @@ class Flows:
         self,
         connection: TrioConnection,
         queue: str,
-        key: str,
         data: str | None,
+        key: str,
         priority: int | None,
         delay: float | None,
         due_at: str | None,
     ) -> tuple[int, bool]:
         statement: LiteralString = (
-            "select id, created from {s}.upsert($1, $2, $3::jsonb, $4, make_interval(secs => $5), $6::timestamptz)"
+            "select id, created from {s}.upsert($1, $2::jsonb, $3, $4, make_interval(secs => $5), $6::timestamptz)"
         )
-        row: Any = await self._calls.row(connection, statement, queue, key, data, priority, delay, due_at)
+        row: Any = await self._calls.row(connection, statement, queue, data, key, priority, delay, due_at)
         return row[0], row[1]

@@ -64,7 +64,7 @@ class Session:
         await self.ask("select * from notifyq.send_many('q', %s)", json.dumps(jobs))
 
     async def _upsert(self) -> None:
-        await self.ask("select * from notifyq.upsert('q', %s, '1')", self._key())
+        await self.ask("select * from notifyq.upsert('q', '1', %s)", self._key())
 
     async def _claim(self) -> None:
         how_many = self._random.randrange(1, 8)

@@ -111,7 +111,7 @@ OPERATING = [
     "select notifyq.cancel(array(select id from notifyq.jobs limit 2))",
     "select notifyq.resume(array(select id from notifyq.jobs))",
     "select notifyq.update_job(queue => 'q', key => 'k', data => '1', priority => 3)",
-    "select notifyq.upsert('q', 'k', '2'), notifyq.upsert('q', 'z', '2')",
+    "select notifyq.upsert('q', '2', 'k'), notifyq.upsert('q', '2', 'z')",
     "select notifyq.schedule('q', '* * * * *', name => 'more'), notifyq.schedule('q', every => '1 hour', name => 'most')",
     "select notifyq.pause('q'), notifyq.resume_queue('q')",
     "select notifyq.redrive('q')",

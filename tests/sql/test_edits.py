@@ -91,13 +91,13 @@ async def test_a_job_that_waits_for_its_key_or_a_parent_is_edited(ask):
 
 
 async def test_upsert_edits_what_waits_and_sends_where_nothing_does(ask):
-    [(job, created)] = await ask("select * from notifyq.upsert('q', 'k', '1', delay => '1 hour')")
+    [(job, created)] = await ask("select * from notifyq.upsert('q', '1', 'k', delay => '1 hour')")
     assert created
-    assert await ask("select * from notifyq.upsert('q', 'k', '2')") == [(job, False)]
+    assert await ask("select * from notifyq.upsert('q', '2', 'k')") == [(job, False)]
     assert await ask("select data, state from notifyq.jobs") == [(2, "scheduled")]
-    assert await ask("select * from notifyq.upsert('q', 'k', delay => '0')") == [(job, False)]
+    assert await ask("select * from notifyq.upsert('q', key => 'k', delay => '0')") == [(job, False)]
     assert await ask("select data from notifyq.claim('q')") == [(2,)]
-    [(second, created)] = await ask("select * from notifyq.upsert('q', 'k', '3')")
+    [(second, created)] = await ask("select * from notifyq.upsert('q', '3', 'k')")
     assert created
     assert second != job
 
@@ -116,8 +116,8 @@ async def test_upsert_edits_what_waits_and_sends_where_nothing_does(ask):
         ("update_job(1, priority => 99999)", "priority 99999"),
         ("update_job(1, delay => '1 s', due_at => now())", "exclude each other"),
         ("update_job(1, delay => '101 years')", "100 years"),
-        ("upsert('nowhere', 'k')", "no queue named"),
-        ("upsert('q', null)", "needs a key"),
+        ("upsert('nowhere', '1', 'k')", "no queue named"),
+        ("upsert('q')", "needs a key"),
     ],
 )
 async def test_edits_that_cannot_be_are_refused_in_words(ask, call, message):

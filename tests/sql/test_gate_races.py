@@ -1194,7 +1194,7 @@ async def test_a_flow_after_a_parent_that_is_forgotten_as_it_finishes_is_refused
 
 
 plain_or_gated = pytest.mark.parametrize("rule", [{}, {"policy": "singleton"}], ids=["plain", "gated"])
-UPSERT = "select id, created from notifyq.upsert('q', 'k', '\"new\"')"
+UPSERT = "select id, created from notifyq.upsert('q', '\"new\"', 'k')"
 
 
 @either_end

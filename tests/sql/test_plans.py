@@ -92,7 +92,7 @@ def calls_of(queue: str) -> Iterator[tuple[str, Call]]:
         "update_job",
         Call("select notifyq.update_job(%(jobs)s::bigint, priority => 3)", waiting.format("max"), jobs=1),
     )
-    yield "upsert", Call(f"select notifyq.upsert('{queue}', '7', data => '1')", jobs=1)
+    yield "upsert", Call(f"select notifyq.upsert('{queue}', '1', '7')", jobs=1)
     yield "show", Call("select * from notifyq.jobs where id = %(jobs)s", waiting.format("max"), jobs=1)
     yield "send", Call(f"select notifyq.send('{queue}', key => '7')", jobs=1)
     yield "send many", Call(many(queue))

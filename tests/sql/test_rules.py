@@ -255,7 +255,7 @@ class Rules(RuleBasedStateMachine):
     @rule(key=KEYS)
     def upsert(self, key: str) -> None:
         waiting = [job for job in self.model.of("waiting", "scheduled", "blocked") if job.key == key]
-        [(id, created)] = self.ask("select id, created from notifyq.upsert(%s, %s, '\"upserted\"')", self.queue, key)
+        [(id, created)] = self.ask("select id, created from notifyq.upsert(%s, '\"upserted\"', %s)", self.queue, key)
         if waiting:
             assert not created
             assert id == min(waiting, key=lambda job: (-job.priority, job.id)).id
