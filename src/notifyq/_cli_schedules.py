@@ -173,7 +173,7 @@ def subscribe(target: Target, event: str, queue: str) -> None:
 @click.argument("queue")
 @click.pass_obj
 def unsubscribe(target: Target, event: str, queue: str) -> None:
-    """End that. Exit code 1 if QUEUE had not subscribed."""
+    """Give QUEUE no more jobs for EVENT. Exit code 1 if QUEUE had not subscribed."""
     done = target.ask(lambda nq: nq.unsubscribe(event, queue))
     print(f"{queue} {'gets no more jobs' if done else 'had no subscription'} for {event}")
     if not done:

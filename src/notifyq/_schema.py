@@ -222,8 +222,9 @@ async def check(connection: TrioConnection, schema: str) -> None:
     if installed is None:
         raise SchemaMismatch(f"schema {schema!r} is not installed: run `notifyq migrate`")
     if pending := plan(installed, load(schema)):
+        differs = next(file.name for file in pending if installed.hashes.get(file.name) != file.hash)
         raise SchemaMismatch(
-            f"schema {schema!r} is older than notifyq {VERSION} ({pending[0].name} is missing or old): run `notifyq migrate`"
+            f"schema {schema!r} is older than notifyq {VERSION} ({differs} is missing or old): run `notifyq migrate`"
         )
 
 

@@ -120,7 +120,7 @@ async def test_a_closed_client_says_so(dsn):
         await nq.get(1)
 
 
-async def test_a_schema_that_is_missing_newer_or_forbidden_is_an_error_in_words(empty_dsn):
+async def test_a_schema_that_is_missing_older_newer_or_forbidden_is_an_error_in_words(empty_dsn):
     with pytest.raises(notifyq.SchemaMismatch, match="not installed"):
         async with notifyq.connect(empty_dsn, migrate=False):
             pass
@@ -132,6 +132,10 @@ async def test_a_schema_that_is_missing_newer_or_forbidden_is_an_error_in_words(
             pass
     await connection.execute(f"drop role {role}".encode())
     await _schema.apply(connection, "notifyq")
+    await connection.execute("update notifyq.installed set hash = 'x' where file = 'functions/58_edit.sql'")
+    with pytest.raises(notifyq.SchemaMismatch, match=r"older than notifyq \S+ \(functions/58_edit\.sql"):
+        async with notifyq.connect(empty_dsn, migrate=False):
+            pass
     await connection.execute("insert into notifyq.installed values ('migrations/9999_future.sql', 'x', '99.0')")
     await connection.close()
     with pytest.raises(notifyq.SchemaMismatch, match="newer than notifyq"):
