@@ -210,6 +210,9 @@ begin
     end if;
     perform notifyq.free(finish.ended, case finish.state when 'failed' then 'failed' else 'ended' end);
     if unkept is not null then
+        if finish.state = 'failed' then
+            perform notifyq.release_heads(unkept); -- of an ordered key, which they would hold for ever
+        end if;
         perform notifyq.forget(unkept);
     end if;
     for tally in select e.queue, array_agg(e.job order by e.job) as jobs from unnest(finish.ended) e group by e.queue loop

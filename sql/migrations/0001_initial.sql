@@ -181,7 +181,7 @@ create table notifyq.key (
     counts int[],
     primary key (queue, generation, key)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
--- release_failed(): a failed head that goes.
+-- release_heads(): a failed head that goes.
 create index key_head on notifyq.key (head) where head is not null;
 
 -- What may stand once: 'p' a policy's key, 't' and 'd' a slot of a throttled or debounced key.

@@ -276,7 +276,19 @@ async def test_deleting_the_failed_head_of_an_ordered_key_frees_it(line, freeing
     assert await q.claim() == [b]
 
 
-async def test_a_failed_head_that_is_purged_or_not_kept_frees_its_key(line):
+async def test_a_failed_head_that_is_not_kept_frees_its_key_at_once(line):
+    q = await line(policy="ordered", retry_limit=0, retention=0)
+    a, b, c = await q.send("k", "k", "k")
+    assert await q.claim() == [a]
+    assert await q.claim() == []
+    await q.ask("select notifyq.fail(%s, 'x')", a)
+    assert await q.claim() == [b]
+    assert await q.claim() == []
+    await q.ask("select notifyq.fail(%s, 'x')", b)
+    assert await q.claim() == [c]
+
+
+async def test_a_failed_head_that_is_purged_frees_its_key(line):
     q = await line(policy="ordered", retry_limit=0, retention=None)
     a, b = await q.send("k", "k")
     assert await q.claim() == [a]
