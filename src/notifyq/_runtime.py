@@ -71,7 +71,7 @@ class Runtime:
             lease: seconds after the last beat until other runtimes take over the jobs of one that died (at least 1).
             grace: seconds that running jobs get to end when the runtime stops; then they are cancelled and tried again.
             pool_size: most database connections of the handlers (opened when needed; idle ones are closed). The runtime
-                itself needs up to 5 more, or 7 where queues have rules.
+                itself usually needs up to 5 more, 7 at most.
             connect_timeout: seconds to reach the server at start, and later to wait for a free connection.
 
         Raises:
