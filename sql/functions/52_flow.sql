@@ -194,7 +194,7 @@ declare
     flow constant bigint := nextval('notifyq.job_id_seq');
     ids jsonb;
     entry jsonb;
-    earlier bigint[];
+    earlier bigint[] := '{}';
     siblings bigint[];
     sent record;
 begin
@@ -208,6 +208,15 @@ begin
         from unnest(notifyq.flow_order(send_flow.jobs)) with ordinality o (name, place)
         order by o.place
     ) n;
+    -- All of them in their order, before one after the other: two flows may name the same ones, each in its own order.
+    for entry in select e.value from jsonb_array_elements(send_flow.jobs) e loop
+        earlier := earlier || array(
+            select (p.value #>> '{}')::bigint
+            from jsonb_array_elements(case jsonb_typeof(entry -> 'after') when 'array' then entry -> 'after' else '[]' end) p
+            where jsonb_typeof(p.value) = 'number'
+        );
+    end loop;
+    perform notifyq.lock_parents(earlier);
     for entry in
         select e.value
         from jsonb_array_elements(send_flow.jobs) e
@@ -246,6 +255,27 @@ begin
     end loop;
 exception when data_exception then
     raise exception 'an option of job % of the flow does not fit: %', quote_literal(entry ->> 'name'), sqlerrm using errcode = 'NQ003';
+end
+$$;
+
+-- Locks jobs that were sent before, and finished ones, against their end and their retry, each kind by id.
+create or replace function notifyq.lock_parents(parents bigint[]) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+    parent bigint;
+begin
+    for parent in select distinct p.id from unnest(lock_parents.parents) p (id) order by p.id loop
+        perform from notifyq.job j where j.id = parent for no key update;
+    end loop;
+    for parent in select distinct p.id from unnest(lock_parents.parents) p (id) order by p.id loop
+        perform from notifyq.archive a where a.id = parent for update;
+    end loop;
 end
 $$;
 

@@ -64,7 +64,7 @@ as $$
 $$;
 
 -- Takes finished jobs of one state back from the archive and puts them at the end of the line.
--- Deleting the archived row is what keeps two callers from doing it twice. One whose exclusive key
+-- Deleting the archived row is what keeps two callers from doing it twice. One whose key, by its queue's policy,
 -- another job has by now stays.
 create or replace function notifyq.revive(jobs bigint[], state text) returns bigint[]
 language sql
@@ -85,7 +85,7 @@ as $$
         select s.id, q.ageing
         from (select * from standing order by queue, key, id) s
         join notifyq.queue q on q.number = any (array[s.queue])
-        where case when q.policy = 'exclusive' then notifyq.reserve(q.number, 'p', coalesce(s.key, ''), 0, s.id) = s.id else true end
+        where case when q.policy in ('short', 'stately', 'exclusive') then notifyq.reserve(q.number, 'p', coalesce(s.key, ''), 0, s.id) = s.id else true end
     ), gone as (
         delete from notifyq.archive a
         using chosen c
@@ -105,7 +105,7 @@ as $$
     from gone g
 $$;
 
--- Gives failed jobs one more attempt, at once, unless another job has their exclusive key. Locks:
+-- Gives failed jobs one more attempt, at once, unless another job has their key, where the policy lets only one wait. Locks:
 -- archived rows.
 create or replace function notifyq.retry(jobs bigint[]) returns bigint[]
 language sql security definer
@@ -114,7 +114,7 @@ as $$
     select notifyq.revive(retry.jobs, 'failed')
 $$;
 
--- Puts cancelled jobs back in line. Locks: archived rows.
+-- Puts cancelled jobs back in line, as retry(). Locks: archived rows.
 create or replace function notifyq.resume(jobs bigint[]) returns bigint[]
 language sql security definer
 set search_path = pg_catalog, pg_temp
@@ -241,21 +241,19 @@ begin
         raise exception 'not a state: %', quote_literal(delete_all.state)
         using errcode = 'NQ003', hint = 'States are waiting, finished, scheduled, blocked, ready, active, completed, failed and cancelled.';
     end if;
-    if states && '{scheduled,blocked,ready,active}' then
-        loop
-            doomed := array(
-                (select s.job from notifyq.scheduled s where s.queue = q.number and 'scheduled' = any (states) limit batch)
-                union all
-                (select b.job from notifyq.blocked b where b.queue = q.number and 'blocked' = any (states) limit batch)
-                union all
-                (select r.job from notifyq.ready r where r.queue = q.number and 'ready' = any (states) limit batch)
-                union all
-                (select a.job from notifyq.active a where a.queue = q.number and 'active' = any (states) limit batch)
-            );
-            exit when doomed = '{}';
-            deleted := deleted + cardinality(notifyq.delete_in(states, doomed));
-        end loop;
-    end if;
+    -- Looked for once: where one goes, another of its key comes to stand, which was not asked for.
+    doomed := array(
+        select s.job from notifyq.scheduled s where s.queue = q.number and 'scheduled' = any (states)
+        union all
+        select b.job from notifyq.blocked b where b.queue = q.number and 'blocked' = any (states)
+        union all
+        select r.job from notifyq.ready r where r.queue = q.number and 'ready' = any (states)
+        union all
+        select a.job from notifyq.active a where a.queue = q.number and 'active' = any (states)
+    );
+    for place in 1 .. cardinality(doomed) by batch loop
+        deleted := deleted + cardinality(notifyq.delete_in(states, doomed[place:place + batch - 1]));
+    end loop;
     -- By id, so that a large archive is walked once and not once a batch.
     while states && finished loop
         doomed := array(select a.id from notifyq.archive a where a.id > last_id and a.queue = q.number and a.state = any (states) order by a.id limit batch);
@@ -267,7 +265,7 @@ begin
 end
 $$;
 
--- The dead letters ready in a queue whose source still exists, oldest first, and that source.
+-- The dead letters ready in a queue whose source still exists and lets one of their key wait, oldest first, and that source.
 create or replace function notifyq.redrivable(dead_letter int, source text, error_type text, how_many int)
 returns table (job bigint, number bigint, priority smallint, source_name text)
 language sql stable
@@ -279,6 +277,13 @@ as $$
     join notifyq.queue s on s.name = any (array[j.provenance ->> 'queue'])
     where r.queue = redrivable.dead_letter
     and s.number <> redrivable.dead_letter
+    and case when s.policy in ('short', 'stately', 'exclusive') then not exists (
+        select from notifyq.reserved o
+        where o.queue = s.number
+        and o.kind = 'p'
+        and o.key = coalesce(j.provenance ->> 'key', '')
+        and o.slot = 0
+    ) else true end
     and (redrivable.source is null or s.name = redrivable.source)
     and (redrivable.error_type is null or j.provenance -> 'error' ->> 'type' = redrivable.error_type)
     order by r.priority desc, r.number
@@ -338,7 +343,7 @@ begin
             for update skip locked
         ) r
     ), chosen as materialized (
-        -- One whose key the source's policy has taken stays, too.
+        -- Of several of one key, where the source's policy lets one wait, the others stay.
         select c.*
         from (
             select c.*, j.provenance ->> 'key' as key

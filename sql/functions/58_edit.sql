@@ -34,7 +34,7 @@ end
 $$;
 
 -- Edits a job that waits, by id, or by queue and key (id_key, or else the key of the one that is next in
--- line); what is null stays. delay or due_at: it starts then, now if that is past; one that waits for
+-- line); what is null stays (data => 'null' is none). delay or due_at: it starts then, now if that is past; one that waits for
 -- parents still does. Returns its id, or null if none waits: an active job is never edited.
 -- Raises NQ001, NQ003, NQ004. Locks: the ticket, then the job.
 create or replace function notifyq.update_job(
@@ -124,7 +124,13 @@ declare
     rank smallint;
 begin
     perform notifyq.lock_gates(array[edit.job]);
-    stands := notifyq.lock_waiting(edit.job);
+    -- Its ticket may move while we wait for who moves it, and stands elsewhere then, or anew.
+    for round in 1 .. 10 loop
+        stands := notifyq.lock_waiting(edit.job);
+        exit when stands is not null
+            or exists (select from notifyq.active a where a.job = edit.job)
+            or not exists (select from notifyq.job o where o.id = edit.job);
+    end loop;
     if stands is null then
         return false;
     end if;
@@ -198,7 +204,7 @@ begin
     end if;
     if num_nonnulls(edit.data, edit.priority) > 0 then
         update notifyq.job o
-        set data = coalesce(edit.data, o.data), priority = rank
+        set data = case when edit.data is null then o.data else nullif(edit.data, 'null') end, priority = rank
         where o.id = edit.job;
     end if;
     return true;
@@ -238,7 +244,7 @@ begin
         upsert.created := upsert.id is null;
         exit when not upsert.created;
         select s.id, s.created into upsert.id, upsert.created
-        from notifyq.try_send(upsert.queue, upsert.data, key => upsert.key, priority => upsert.priority, delay => upsert.delay, due_at => upsert.due_at) s;
+        from notifyq.try_send(upsert.queue, nullif(upsert.data, 'null'), key => upsert.key, priority => upsert.priority, delay => upsert.delay, due_at => upsert.due_at) s;
         -- Refused by the policy: what a send has made meanwhile can be edited; if it has gone, there is room for another.
         exit when upsert.created
             or notifyq.edit(upsert.id, upsert.data, upsert.priority, upsert.delay, upsert.due_at)

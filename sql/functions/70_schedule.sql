@@ -268,8 +268,10 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    q notifyq.queue := notifyq.queue_named(schedule.queue);
+    q notifyq.queue;
 begin
+    perform from notifyq.queue o where o.name = schedule.queue for share; -- against a change of its policy
+    q := notifyq.queue_named(schedule.queue);
     perform notifyq.check_schedule(schedule.name, schedule.cron, schedule.every, schedule.timezone, schedule.missed, schedule.headers);
     return notifyq.put_schedule(q, schedule.name, schedule.cron, schedule.every, schedule.timezone, schedule.missed, schedule.headers, schedule.data, false);
 end
@@ -314,6 +316,7 @@ begin
     then
         raise exception 'schedules must be a JSON array of objects' using errcode = 'NQ003';
     end if;
+    perform notifyq.check_options(e.value, '{name,cron,every,timezone,missed,headers,data}') from jsonb_array_elements(declare_schedules.schedules) e;
     if jsonb_array_length(declare_schedules.schedules) = 0
         and not exists (
             select from notifyq.schedule s
@@ -399,7 +402,8 @@ $$;
 -- Fires a schedule: sends its job and sets its next firing, if its next one is still the expected one; null: it was
 -- not worked out yet. fired_for: the time that the job is for, which it finds in its headers; null: no job, only the next firing.
 --
--- done says what was done: 'fired'; 'planned' (no job was asked for); 'refused' (its queue does not take the job:
+-- done says what was done: 'fired'; 'planned' (no job was asked for); 'skipped' (the queue's policy lets no other job
+-- wait beside one that does: none was made); 'refused' (its queue does not take the job:
 -- the error is kept, and the next firing set); or nothing: 'beaten' (another was first: next_at is what stands),
 -- 'early' (it was not time yet when the transaction began), 'busy' (somebody has the row locked: try again), 'changed' (there is
 -- no such schedule any more). Locks: the schedule's row, stepping over it, then as try_send().
@@ -421,6 +425,7 @@ as $$
 declare
     queue_name text;
     s notifyq.schedule;
+    sent record;
 begin
     clock := extract(epoch from clock_timestamp());
     -- The queue first: delete_queue() locks that table and then the schedules.
@@ -450,12 +455,17 @@ begin
     done := 'planned';
     if fire.fired_for is not null then
         begin
-            select t.id into job
+            select t.id, t.created into sent
             from notifyq.try_send(queue_name, s.data, headers => coalesce(s.headers, '{}') || jsonb_build_object(
                 'schedule', s.name,
                 'fired_for', (to_jsonb(fire.fired_for at time zone 'utc') #>> '{}') || 'Z'
             )) t;
-            done := 'fired';
+            if sent.created then
+                done := 'fired';
+                job := sent.id;
+            else
+                done := 'skipped';
+            end if;
         exception when sqlstate 'NQ003' or sqlstate 'NQ004' or data_exception or integrity_constraint_violation then
             done := 'refused';
             error := sqlerrm;

@@ -21,9 +21,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-    q constant notifyq.queue := notifyq.queue_named(subscribe.queue);
+    q notifyq.queue;
 begin
     perform notifyq.check_event(subscribe.event);
+    perform from notifyq.queue o where o.name = subscribe.queue for share; -- against a change of its policy
+    q := notifyq.queue_named(subscribe.queue);
     if q.policy = 'ordered' then
         raise exception 'queue % is ordered by key, and the jobs of an event have none', q.name
         using errcode = 'NQ003', hint = 'Subscribe another queue, whose worker sends to this one with a key.';

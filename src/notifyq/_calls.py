@@ -35,6 +35,8 @@ class Calls:
             raise_as_ours(error)
         except RecursionError:  # JSON that SQL can hold
             raise InvalidData("data is nested too deeply for Python to read") from None
+        except ValueError as error:  # a number of too many digits
+            raise InvalidData(f"data cannot be read: {error}") from None
 
     async def run(self, connection: TrioConnection, call: Bound) -> list[Any]:
         """Make a call that was bound. Raises as ``rows``."""

@@ -16,6 +16,7 @@ from ._cli import as_json, cli
 from ._cli_table import show, show_record
 from ._client import Client
 from ._errors import InvalidData, JobNotFound, UnknownQueue
+from ._operator import UNCHANGED
 from ._queue import Queue
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def parsed(data: str) -> Any:
     given = sys.stdin.read() if data == "-" else data
     try:
         return json.loads(given)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         what = f"{given!r:.80}" + (" from stdin" if data == "-" else "")
         raise InvalidData(f"{what} is not JSON: {error}") from None
 
@@ -146,7 +147,7 @@ def edit(target: Target, job: int, data: str | None, priority: int | None, delay
     """Edit a job that waits. Exit code 1 if it does not wait."""
     if data is None and priority is None and delay is None:
         raise click.UsageError("give --data, --priority or --delay")
-    value = None if data is None else parsed(data)
+    value = UNCHANGED if data is None else parsed(data)
     edited = target.ask(lambda nq: nq.update_job(job, data=value, priority=priority, delay=delay))
     show([{"id": job, "edited": edited is not None}], as_json, "edited" if edited else "it does not wait", single=True)
     if edited is None:

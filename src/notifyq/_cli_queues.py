@@ -85,6 +85,8 @@ def set_options(target: Target, queue: str, options: tuple[str, ...], as_json: b
     Durations are seconds; null is none. Jobs sent from then on have them.
     """
     changed = dict(_option(option) for option in options)
+    if "schedules" in changed:
+        raise click.UsageError("schedules are no option of a queue: use notifyq schedules add")
     target.ask(lambda nq: nq.update_queue(Queue(queue, **changed)))
     text = f"{queue}: {', '.join(options)}"
     show([{"queue": queue, "options": changed}], as_json, text, single=True)

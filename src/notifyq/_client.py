@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
-from ._codec import from_json, to_json
+from ._codec import encode_untyped, from_json, to_json
 from ._errors import InvalidData, InvalidOption, JobFailed, LeaseLost, shown
 from ._flow import Flow, SentFlow
 from ._models import In, Job, JobRecord, NewJob, Out, SendOptions, Sent
@@ -14,6 +14,7 @@ from ._planner import Planner
 from ._queue import Queue, job_of
 from ._results import Results, has_finished
 from ._sql import KEY_MAX, flag, plain_options, seconds, text, whole
+from ._verdict import failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = ["Client"]
-
-ANY = Queue[Any, Any]
 
 
 class Client(Planner):
@@ -193,8 +192,11 @@ class Client(Planner):
             return jobs
 
     async def complete(self, job: Job[Any], output: Any = None) -> bool:
-        """Complete a job fetched by hand; False, and nothing changes, if it was not ours any longer."""
-        outputs = f"[{to_json(output)}]"
+        """Complete a job fetched by hand; False, and nothing changes, if it was not ours any longer.
+
+        ``output``: JSON, or what cattrs turns into it. Raises ``InvalidData``.
+        """
+        outputs = f"[{encode_untyped(output)}]"
         async with self.connection() as connection:
             return bool(await self._store.complete(connection, [_fetched(job).id], outputs, [job.attempt], None))
 
@@ -203,13 +205,13 @@ class Client(Planner):
     ) -> bool:
         """Fail the attempt of a job fetched by hand; it is retried as its options say, or in ``retry_in`` seconds.
 
-        False, and nothing changes, if it was not ours any longer.
+        ``error`` is kept as a worker's is: its type, message and traceback, cut short. ``notifyq.Fail`` is final,
+        ``notifyq.Retry`` says when. False, and nothing changes, if it was not ours any longer. Raises ``InvalidOption``.
         """
-        _fetched(job)
-        type_ = type(error).__name__ if isinstance(error, Exception) else "Error"
-        errors = to_json([{"type": type_, "message": str(error)}])
-        delay = None if retry_in is None else seconds(retry_in, "retry_in", least=0.0)
-        flag(final, "final")
+        failed = failure_of(_fetched(job), error)
+        errors = to_json([{"type": failed.type, "message": failed.message, "traceback": failed.traceback}])
+        delay = failed.retry_in if retry_in is None else seconds(retry_in, "retry_in", least=0.0)
+        final = flag(final, "final") or failed.final
         async with self.connection() as connection:
             return bool(await self._store.fail(connection, [job.id], errors, [job.attempt], None, [final], [delay]))
 

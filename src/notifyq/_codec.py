@@ -15,7 +15,7 @@ from ._errors import InvalidData, shown
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["check_type", "decode", "encode", "from_json", "read_json", "to_json"]
+__all__ = ["check_type", "encode", "encode_untyped", "from_json", "read_json", "to_json"]
 
 _converter = make_converter()
 
@@ -25,7 +25,7 @@ def _strictly(type_: type) -> Callable[[Any, Any], Any]:
         if type(value) is type_:
             return value
         if type_ is float and type(value) is int:
-            return float(value)
+            return float(value)  # raises OverflowError beyond a double's range
         raise TypeError(f"expected {type_.__name__}, not {type(value).__name__}")
 
     return structure
@@ -81,8 +81,10 @@ def to_json(value: Any) -> str:
 def encode(value: Any, type_: Any) -> str:
     """Write a value of a declared type as JSON text. Raises ``InvalidData`` if it is not of that type or not JSON."""
     if type_ in _PLAIN:
-        if type_ is not Any and type(value) is not type_ and not (type_ is float and type(value) is int):
-            raise InvalidData(f"expected {_name(type_)}, not {_name(type(value))}: {shown(value)}")
+        if type_ is not Any and type(value) is not type_:
+            if not (type_ is float and type(value) is int):
+                raise InvalidData(f"expected {_name(type_)}, not {_name(type(value))}: {shown(value)}")
+            from_json(value, type_)  # it may be beyond a double's range
         return to_json(value)
     try:
         plain = _unstructure(type_)(value)
@@ -93,6 +95,17 @@ def encode(value: Any, type_: Any) -> str:
     text = to_json(plain)
     from_json(read_json(text), type_)  # a field may have a value of another type, and a dict be fine for a TypedDict
     return text
+
+
+def encode_untyped(value: Any) -> str:
+    """Write a value whose type nobody has declared: JSON, or what cattrs turns into it, by the classes it is made of."""
+    try:
+        plain = _converter.unstructure(value)
+    except RecursionError:
+        raise InvalidData("data is nested too deeply, or contains itself") from None
+    except Exception as error:
+        raise InvalidData(f"{_name(type(value))} cannot be turned into JSON: {error}") from None
+    return to_json(plain)
 
 
 _raw_decode = json.JSONDecoder().raw_decode  # without json.loads()'s search for blanks: jsonb has none around it
@@ -117,7 +130,8 @@ else:
 
 
 def read_json(text: str | None) -> Any:
-    """Read what the server wrote of a jsonb value. Raises ``InvalidData`` if it is nested too deeply.
+    """Read what the server wrote of a jsonb value. Raises ``InvalidData`` if it is nested too deeply, or a number has more
+    digits than Python reads.
 
     With msgspec, if that is installed: large data takes it a third of the time. What is written is not left to it, since it
     takes more than JSON has: it writes NaN as null.
@@ -126,11 +140,8 @@ def read_json(text: str | None) -> Any:
         return None if text is None else _read(text)
     except RecursionError:
         raise InvalidData("data is nested too deeply") from None
-
-
-def decode(text: str, type_: Any) -> Any:
-    """Read JSON text as a value of a declared type. Raises ``InvalidData``."""
-    return from_json(json.loads(text), type_)
+    except ValueError as error:
+        raise InvalidData(f"data cannot be read: {error}") from None
 
 
 def from_json(plain: Any, type_: Any) -> Any:
@@ -141,7 +152,10 @@ def from_json(plain: Any, type_: Any) -> Any:
         if type(plain) is type_:
             return plain
         if type_ is float and type(plain) is int:
-            return float(plain)
+            try:
+                return float(plain)
+            except OverflowError:
+                raise InvalidData("not float", ("a number beyond a double's range @ $",)) from None
         raise InvalidData(f"not {_name(type_)}", (f"invalid type, expected {_name(type_)} @ $",))
     try:
         return _structure(type_)(plain)

@@ -15,7 +15,7 @@ import trio
 
 from ._bell import Bell
 from ._ending import being_cancelled, ends_all, survived
-from ._errors import InvalidData, InvalidOption, LeaseLost
+from ._errors import InvalidOption, LeaseLost
 from ._middleware import wrap
 from ._queue import job_of
 from ._threads import Threads
@@ -257,7 +257,7 @@ class Executor:
         for claimed in run.batch:
             try:
                 job = job_of(claimed, self._queue, self._handle)
-            except InvalidData as error:
+            except Exception as error:  # whatever it is: a job that nobody runs must not stand active
                 self._settle(data_invalid(claimed, error), self._queue.name)
             else:
                 run.jobs.append(job)

@@ -5,6 +5,7 @@ Knows nothing of clients; ``Client.send_flow`` sends it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, Generic, Literal, Unpack, get_args
 
@@ -71,7 +72,8 @@ class Flow:
         """
         if not isinstance(queue, Queue):
             raise InvalidOption(f"give the queue's declaration, not {shown(queue)}: notifyq.Queue(name)")
-        name = f"{queue.name}-{len(self._entries) + 1}" if name is None else text(name, "name")
+        queue = queue.single()
+        name = self._unused(queue.name) if name is None else text(name, "name")
         where = f"job {name!r} of the flow"
         if not name or name in self._steps:
             raise InvalidOption(f"{where}: give each a name of its own")
@@ -88,6 +90,10 @@ class Flow:
         self._steps[name] = step = Step(name, queue)
         self._parents += [(where, parent) for parent in after if isinstance(parent, Sent)]
         return step
+
+    def _unused(self, queue: str) -> str:
+        numbers = itertools.count(len(self._entries) + 1)
+        return next(name for number in numbers if (name := f"{queue}-{number}") not in self._steps)
 
     def _parent(self, parent: Step[Any] | Sent[Any] | int, where: str) -> str | int:
         if isinstance(parent, Step):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, get_args
 
-from ._codec import to_json
+from ._codec import encode_untyped, to_json
 from ._connection import TrioConnection
 from ._declare import declare
 from ._errors import ClientClosed, InvalidOption, shown
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Operator", "declared", "job_id", "queue_name"]
 
 ANY = Queue[Any, Any]
+
+UNCHANGED: Any = object()
+"""Stands for what was not given, where None is a value, too."""
 
 
 class Operator:
@@ -180,17 +183,17 @@ class Operator:
         queue: ANY | str | None = None,
         key: str | None = None,
         id_key: str | None = None,
-        data: Any = None,
+        data: Any = UNCHANGED,
         priority: int | None = None,
         delay: float | timedelta | datetime | None = None,
         connection: TrioConnection | None = None,
     ) -> int | None:
-        """Edit a job that waits: its data, its priority, when it starts; what is None stays. An active one is never edited.
+        """Edit a job that waits: its data, its priority, when it starts; what is left out stays. An active one isn't edited.
 
         Args:
             job: which, or
             queue: with ``key`` (the one of that key that is next in line) or ``id_key``.
-            data: of the queue's declared type, if that is known here.
+            data: of the queue's declared type, if that is known here; else JSON, or what cattrs turns into it.
             priority: see ``SendOptions``.
             delay: see ``SendOptions``; 0 starts a delayed job at once.
             connection: edit in the transaction that is open on this connection.
@@ -199,7 +202,7 @@ class Operator:
             The job's id, or None if none waits.
 
         Raises:
-            InvalidOption: it is named in no way or in two, or a bad value.
+            InvalidOption: it is named in no way or in two, nothing is to be changed, or a bad value.
             InvalidData: it is not of the queue's type, not JSON, or too large.
             UnknownQueue: there is no such queue.
         """
@@ -209,10 +212,12 @@ class Operator:
         for name, value in (("key", key), ("id_key", id_key)):
             if value is not None:
                 text(value, name, at_most=KEY_MAX)
+        if data is UNCHANGED and priority is None and delay is None:
+            raise InvalidOption("give what is to be changed: data, priority or delay")
         declaration = job.queue if isinstance(job, Sent) else queue
         encoded = None
-        if data is not None:
-            encoded = declaration.encode(data) if isinstance(declaration, Queue) else to_json(data)
+        if data is not UNCHANGED:
+            encoded = declaration.encode(data) if isinstance(declaration, Queue) else encode_untyped(data)
         plain = plain_options({"priority": priority, "delay": delay})
         async with self._on(connection) as on:
             return await self._store.flows.update_job(
@@ -233,7 +238,10 @@ class Operator:
             return await self._store.operate(connection, "cancel", self._ids(jobs))
 
     async def retry(self, *jobs: Sent[Any] | int) -> list[int]:
-        """Give failed jobs one more attempt, at once. Returns the ids affected."""
+        """Give failed jobs one more attempt, at once. Returns the ids affected.
+
+        Where the queue's policy lets one of a key wait, a job whose key another one has by now is not.
+        """
         async with self.connection() as connection:
             return await self._store.operate(connection, "retry", self._ids(jobs))
 

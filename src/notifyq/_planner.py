@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._codec import encode, to_json
+from ._codec import encode_untyped, to_json
 from ._errors import InvalidOption, shown
 from ._operator import ANY, Operator, declared, queue_name
 from ._schedule import Schedule, check_plain_name
@@ -78,7 +78,7 @@ class Planner(Operator):
             InvalidData: not JSON, or too large for one of the queues.
         """
         check_plain_name(event, "event name")
-        document = encode(data, type(data))
+        document = encode_untyped(data)
         plain = plain_options({"headers": headers, "id_key": id_key})
         headers_text = None if headers is None else to_json(plain["headers"])
         async with self._on(connection) as on:

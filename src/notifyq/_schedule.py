@@ -157,5 +157,6 @@ class ScheduleRecord:
         """The firings to come, in its time zone. Raises ``InvalidOption`` if its rule cannot be read here."""
         whole(count, "count", 1, 10_000)
         rule = read_rule(self.cron, None if self.every is None else self.every.total_seconds(), self.timezone)
-        after = datetime.now(UTC) if self.next_at is None else self.next_at - timedelta(microseconds=1)
+        now = datetime.now(UTC)
+        after = now if self.next_at is None else max(now, self.next_at - timedelta(microseconds=1))
         return list(itertools.islice(firings(rule, after), count))

@@ -97,9 +97,13 @@ class _Fleet:
     async def _run_one(self) -> tuple[int, float]:
         """Run a process to its end; returns its status and how many seconds it ran."""
         started = trio.current_time()
-        process = await trio.lowlevel.open_process(
-            self._command, stdin=subprocess.PIPE, env=self._environment, start_new_session=True
-        )
+        try:
+            process = await trio.lowlevel.open_process(
+                self._command, stdin=subprocess.PIPE, env=self._environment, start_new_session=True
+            )
+        except OSError as error:  # no memory, or too many processes
+            log.error("cannot start a worker process: %s", error)
+            return 1, 0.0  # as one that failed to start
         self._running.add(process)
         log.info("worker process %d started", process.pid)
         if self._stopping.is_set():

@@ -106,9 +106,19 @@ def timed_out(job: Job[Any]) -> Failed:
     return Failed(job.id, job.attempt, "timeout", f"not done within {job.timeout:g} s", as_of=job._as_of)
 
 
-def data_invalid(claimed: Claimed, error: InvalidData) -> Failed:
+def data_invalid(claimed: Claimed, error: Exception) -> Failed:
     """The data is not of the declared type: trying again can't help."""
     return Failed(claimed.id, claimed.attempt, "data_invalid", _short(error), final=True, as_of=claimed.as_of)
+
+
+def failure_of(job: Job[Any], error: Exception | str) -> Failed:
+    """How an attempt fails that was made by hand. Raises ``InvalidOption`` for what fails none."""
+    if not isinstance(error, Exception):
+        return Failed(job.id, job.attempt, "Error", _short(error))
+    outcome = _failure(job, error)
+    if not isinstance(outcome, Failed):
+        raise InvalidOption(f"fail() takes an exception, Fail or Retry, or text, not {type(error).__name__}")
+    return outcome
 
 
 def _failure(job: Job[Any], error: BaseException) -> Outcome:

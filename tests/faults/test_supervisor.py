@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -184,6 +185,26 @@ async def test_a_replacement_that_fails_to_start_does_not_end_a_healthy_fleet(nq
     assert code == 0, log
     assert "status 1 after" in log
     assert {row["pid"] for row in await nq.runtimes()} <= {killed}  # whose lease may not have lapsed yet
+
+
+async def test_a_replacement_that_the_system_has_no_room_for_is_tried_again(nq, run):
+    await nq.create_queue(Q)
+    supervisor = run("run", "app:runtime", "--processes", "2", healthy=0.1)
+    first = await registered(nq, 2)
+    soft, hard = resource.prlimit(supervisor.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(supervisor.pid, resource.RLIMIT_NOFILE, (3, hard))  # it has these; a pipe is one more
+    killed = min(first)
+    os.kill(killed, signal.SIGKILL)
+    await supervisor.logged("cannot start a worker process: [Errno 24]")
+    resource.prlimit(supervisor.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    async def replaced() -> bool:
+        return len({row["pid"] for row in await nq.runtimes()} - {killed}) == 2
+
+    await until(replaced)
+    supervisor.send_signal(signal.SIGTERM)
+    code, log = await supervisor.end()
+    assert code == 0, log
 
 
 async def test_a_fleet_that_never_was_healthy_ends_with_the_code_of_the_one_that_failed(run, tmp_path):

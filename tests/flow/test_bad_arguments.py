@@ -8,10 +8,11 @@ import os
 import re
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import psycopg
 import pytest
 import trio
@@ -576,6 +577,105 @@ async def test_fetch_gives_what_can_be_read_and_fails_the_rest_by_name(nq):
 
 
 # the command line
+
+
+def test_a_flow_names_what_is_not_named_and_takes_no_pattern():
+    flow = notifyq.Flow()
+    flow.add(Q, 1, name="q-2")
+    assert [flow.add(Q, 1).name, flow.add(Q, 1).name] == ["q-3", "q-4"]
+    with pytest.raises(InvalidOption, match=r"'x\.\*' is a pattern"):
+        flow.add(Queue("x.*", int), 1)
+
+
+UNTAKEN = {"1e5000": Any, "1" + "0" * 400: float}
+"""What jsonb holds, and Python cannot read: more digits than an int may have, more than a double's range."""
+
+
+@pytest.mark.parametrize("data", UNTAKEN)
+async def test_a_number_that_python_cannot_take_fails_its_job_alone(start, nq, connection, data):
+    queue = Queue("q", UNTAKEN[data], float)
+    ran = []
+
+    @queue.batch_worker(batch_size=5)
+    async def work(jobs):
+        ran.extend(job.id for job in jobs)
+
+    await nq.create_queue(queue)
+    sent = [await nq.send(queue, 1.0)]
+    cursor = await connection.execute("select notifyq.send('q', %s)", (data,))
+    [(huge,)] = await cursor.fetchall()
+    sent.append(await nq.send(queue, 2.0))
+    seen = await start(queue)
+    failed, *_ = await seen.wait(notifyq.events.JobFailed)
+    await seen.wait(notifyq.events.JobCompleted, 2)
+    assert (failed.job_id, failed.type) == (huge, "data_invalid")
+    assert ran == [job.id for job in sent]
+    if UNTAKEN[data] is Any:
+        with pytest.raises(InvalidData, match="data cannot be read"):
+            await nq.get(huge)
+
+
+async def test_a_number_beyond_a_doubles_range_is_not_sent_as_one(nq):
+    queue = Queue("q", float)
+    await nq.create_queue(queue)
+    with pytest.raises(InvalidData, match="beyond a double's range"):
+        await nq.send(queue, 10**400)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message", "state"),
+    [
+        (ValueError("a\0b\ud800"), "ValueError", "a\ufffdb?", "scheduled"),
+        (ValueError("long" * 10_000), "ValueError", "long", "scheduled"),
+        ("a\0b", "Error", "a\ufffdb", "scheduled"),
+        (notifyq.Fail("never again"), "Fail", "never again", "failed"),
+    ],
+)
+async def test_a_job_fails_by_hand_as_in_a_worker(nq, error, kind, message, state):
+    queue = Queue("q", retry_delay=60)
+    await nq.create_queue(queue)
+    await nq.send(queue, 1)
+    [job] = await nq.fetch(queue)
+    assert await nq.fail(job, error)
+    record = await nq.get(job.id)
+    assert (record.state, record.error["type"], record.error["message"].startswith(message)) == (state, kind, True)
+    assert len(record.error["message"]) < 3_000
+    assert (record.error["traceback"] is not None) == isinstance(error, Exception)
+
+
+async def test_retry_by_hand_says_when_and_what_fails_nothing_is_refused(nq):
+    queue = Queue("q")
+    await nq.create_queue(queue)
+    await nq.send(queue, 1)
+    [job] = await nq.fetch(queue)
+    for error in (notifyq.Snooze(1), notifyq.Discard()):
+        with pytest.raises(InvalidOption, match=f"not {type(error).__name__}"):
+            await nq.fail(job, error)
+    assert await nq.fail(job, notifyq.Retry(3600))
+    record = await nq.get(job.id)
+    assert record.due_at is not None
+    assert (record.due_at - record.sent_at).total_seconds() > 3000
+
+
+async def test_values_of_classes_are_taken_where_no_type_is_declared(nq):
+    @attrs.frozen
+    class Echo:
+        at: datetime
+
+    queue = Queue("q", Echo, Echo)
+    await nq.create_queue(queue)
+    value, plain = Echo(datetime(2030, 1, 1, tzinfo=UTC)), {"at": "2030-01-01T00:00:00+00:00"}
+    sent = await nq.send(queue, value)
+    assert await nq.update_job(sent.id, data=value)
+    assert (await nq.get(sent)).data == plain
+    [job] = await nq.fetch(queue)
+    with pytest.raises(InvalidData):
+        await nq.complete(job, object())
+    assert await nq.complete(job, value)
+    assert await nq.result(sent) == value
+    await nq.subscribe("done", queue)
+    await nq.publish("done", [value])
+    assert [record.data for record in await nq.jobs(state="ready")] == [[plain]]
 
 
 def command(dsn: str, *arguments: str) -> Awaitable[str]:

@@ -111,6 +111,20 @@ async def test_a_mistake_is_one_readable_line_and_an_exit_code(notifyq, argument
         assert len(err.splitlines()) == 1
 
 
+async def test_what_cannot_be_written_read_or_changed_is_said_in_a_line(notifyq, nq, connection, tmp_path):
+    await nq.create_queue(Queue("q"))
+    (tmp_path / "file").touch()
+    assert (await notifyq("new", "file/app"))[2] == "notifyq: file/app cannot be written to: Not a directory"
+    assert "is not JSON" in (await notifyq("send", "q", "-", stdin="[" * 100_000))[2]
+    assert "use notifyq schedules add" in (await notifyq("queues", "set", "q", "schedules=[]"))[2]
+    sent = await nq.send(Queue("q"), {"a": 1})
+    assert (await notifyq("edit", str(sent.id), "--data", "null"))[:2] == (0, "edited")
+    assert (await nq.get(sent)).data is None
+    await connection.execute("select notifyq.send('q', '1e5000')")
+    code, _, err = await notifyq("jobs")
+    assert (code, len(err.splitlines()), "data cannot be read" in err) == (1, 1, True), err
+
+
 async def test_an_option_after_the_command_counts_more_than_the_one_before_it_and_than_the_environment(notifyq, dsn):
     assert (await notifyq("--dsn", "not a dsn", "queues", "--dsn", dsn, url="nor this"))[0] == 0
     assert (await notifyq("--schema", "elsewhere", "queues", "--schema", "notifyq"))[0] == 0

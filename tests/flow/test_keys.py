@@ -451,6 +451,22 @@ async def test_upsert_and_update_job_wake_a_worker(start, nq):
     assert await nq.update_job(sent, data=4) is None
 
 
+async def test_data_can_be_edited_away_and_is_none_then_as_it_is_sent(nq):
+    queue = Queue("q", Any)
+    await nq.create_queue(queue)
+    sent = [
+        await nq.send(queue, None, key="a"),
+        await nq.send(queue, 1, key="b"),
+        await nq.upsert(queue, None, key="c"),
+    ]
+    assert await nq.update_job(sent[1], priority=1)
+    assert (await nq.get(sent[1])).data == 1
+    assert await nq.update_job(sent[1], data=None)
+    async with nq.connection() as connection:
+        cursor = await connection.execute("select count(*) from notifyq.job where data is null")
+        assert await cursor.fetchone() == (3,)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -530,7 +546,8 @@ async def test_edits_that_cannot_be_are_refused(nq):
         ((1,), {"queue": "q"}, "by its id alone"),
         ((), {"key": "k"}, "by its id alone"),
         ((1,), {"priority": 1e9}, "priority must be an int"),
-        (("one",), {}, "must be an int"),
+        (("one",), {"priority": 1}, "must be an int"),
+        ((1,), {}, "give what is to be changed"),
         ((), {"queue": "q", "key": 1}, "key must be text"),
     ):
         with pytest.raises(notifyq.InvalidOption, match=message):

@@ -410,7 +410,10 @@ async def test_a_client_makes_looks_at_and_removes_schedules(nq):
     assert [firing.isoformat()[10:16] for firing in weekly.next_firings(2)] == ["T09:00", "T09:00"]
     assert weekly.next_firings(3) == rule.next_firings(3)
     assert often.every == timedelta(minutes=5)
+    assert often.next_at is not None
     assert often.next_firings(2)[0] == often.next_at
+    overdue = attrs.evolve(often, next_at=often.next_at - timedelta(days=2))
+    assert overdue.next_firings(2) == often.next_firings(2)
     assert [record.name for record in await nq.schedules(name="often")] == ["often"]
     assert await nq.unschedule("reports", "often")
     assert not await nq.unschedule(reports, "often")

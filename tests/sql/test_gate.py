@@ -288,6 +288,50 @@ async def test_a_failed_head_that_is_not_kept_frees_its_key_at_once(line):
     assert await q.claim() == [c]
 
 
+@pytest.mark.parametrize("options", [{"policy": "singleton"}, {"policy": "ordered"}, {"key_limit": 1}])
+async def test_deleting_all_of_one_state_leaves_what_comes_to_stand_there_meanwhile(line, options):
+    q = await line(**options)
+    jobs = await q.send(*"kkkkk")
+    assert await q.claim() == jobs[:1]
+    await q.complete(jobs[0])
+    assert await q.states(*jobs[1:]) == ["ready", "blocked", "blocked", "blocked"]
+    assert await q.ask("select notifyq.delete_all('q', 'ready')") == [(1,)]
+    assert await q.claim() == jobs[2:3]
+    assert await q.ask("select notifyq.delete_all('q', 'active')") == [(1,)]
+    assert await q.states(*jobs[3:]) == ["ready", "blocked"]
+    assert await q.ask("select notifyq.delete_all('q', 'waiting')") == [(2,)]
+
+
+@pytest.mark.parametrize("policy", ["short", "stately", "exclusive"])
+async def test_a_retry_is_refused_while_the_policy_has_its_key_taken(line, policy):
+    q = await line(policy=policy, retry_limit=0)
+    [a] = await q.send("k")
+    assert await q.claim() == [a]
+    await q.ask("select notifyq.fail(%s, 'x')", a)
+    [b] = await q.send("k")
+    assert await q.ask("select notifyq.retry(%s)", a) == [(False,)]
+    assert await q.claim() == [b]
+    await q.complete(b)
+    assert await q.ask("select notifyq.retry(%s)", a) == [(True,)]
+    assert await q.ask("select created from notifyq.try_send('q', key => 'k')") == [(False,)]
+    assert await q.claim() == [a]
+
+
+async def test_a_dead_letter_whose_key_is_taken_does_not_keep_others_from_being_redriven(ask, line):
+    await ask("select notifyq.create_queue('dead')")
+    q = await line(policy="exclusive", retry_limit=0, dead_letter="dead")
+    await q.send("a", "b")
+    for job in await q.claim():
+        await q.ask("select notifyq.fail(%s, 'x')", job)
+    await q.send("a")
+    [(first,), (second,)] = await q.ask("select id from notifyq.jobs where queue = 'dead' order by id")
+    for preview in (True, False):
+        redriven = await q.ask("select id from notifyq.redrive('dead', how_many => 1, preview => %s)", preview)
+        assert redriven == [(second,)]
+    assert await q.ask("select id from notifyq.redrive('dead')") == []
+    assert await q.ask("select id from notifyq.jobs where queue = 'dead'") == [(first,)]
+
+
 async def test_a_failed_head_that_is_purged_frees_its_key(line):
     q = await line(policy="ordered", retry_limit=0, retention=None)
     a, b = await q.send("k", "k")

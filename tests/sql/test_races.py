@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -102,6 +103,82 @@ async def test_cancel_waits_for_a_claim_by_hand_and_ends_the_job_either_way(ask,
     assert await race(CLAIM, f"select notifyq.cancel({job})", commit=commit) == ([(job,)], [(True,)])
     assert await stands() == [("cancelled", 1 if commit else 0)]
     assert await ask(f"select notifyq.complete({job})") == [(False,)]
+
+
+@either_end
+@pytest.mark.parametrize("first", ["priority => 5", "data => '3'", "delay => '1 hour'"])
+async def test_an_edit_waits_for_another_and_edits_the_job_either_way(ask, race, stands, job, first, commit):
+    edit = f"select notifyq.update_job({job}, {first})"
+    assert await race(edit, f"select notifyq.update_job({job}, data => '2', priority => 7)", commit=commit) == (
+        [(job,)],
+        [(job,)],
+    )
+    assert await ask("select data, priority from notifyq.jobs") == [(2, 7)]
+    assert await stands() == [("scheduled" if commit and "delay" in first else "ready", 0)]
+
+
+@either_end
+@pytest.mark.parametrize("first", ["priority => 5", "delay => '1 hour'"])
+async def test_an_upsert_waits_for_an_edit_and_sends_no_second_job(ask, race, queue, first, commit):
+    [(job,)] = await ask("select notifyq.send('q', '1', key => 'a')")
+    edit = f"select notifyq.update_job({job}, {first})"
+    answers = await race(edit, "select * from notifyq.upsert('q', '2', 'a')", commit=commit)
+    assert answers == ([(job,)], [(job, False)])
+    assert await ask("select id, data from notifyq.jobs") == [(job, 2)]
+
+
+@either_end
+async def test_an_edit_waits_for_a_claim_and_leaves_an_active_job_as_it_is(ask, race, job, commit):
+    edit = f"select notifyq.update_job({job}, data => '2')"
+    assert await race(CLAIM, edit, commit=commit) == ([(job,)], [(None if commit else job,)])
+    assert await ask("select data from notifyq.jobs") == [(None if commit else 2,)]
+
+
+@either_end
+@pytest.mark.parametrize("way", ["subscribe('e', 'q')", "schedule('q', every => '1 hour')"])
+async def test_what_has_no_key_waits_for_a_change_of_policy_and_is_refused_then(race, queue, way, commit):
+    change = """select notifyq.update_queue('q', '{"policy": "ordered"}')"""
+    if commit:
+        with pytest.raises(psycopg.Error, match="ordered by key"):
+            await race(change, f"select notifyq.{way}", commit=True)
+    else:
+        await race(change, f"select notifyq.{way}", commit=False)
+
+
+@either_end
+@pytest.mark.parametrize("way", ["subscribe('e', 'q')", "schedule('q', every => '1 hour')"])
+async def test_a_change_of_policy_waits_for_what_has_no_key_and_is_refused_then(race, queue, way, commit):
+    change = """select notifyq.update_queue('q', '{"policy": "ordered"}')"""
+    if commit:
+        with pytest.raises(psycopg.Error, match="schedules or subscriptions"):
+            await race(f"select notifyq.{way}", change, commit=True)
+    else:
+        await race(f"select notifyq.{way}", change, commit=False)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_two_flows_that_name_the_same_parents_in_opposite_order_are_both_sent(ask, dsn, connection, queue, ended):
+    first, second = [job for _ in range(2) for (job,) in await ask("select notifyq.send('q')")]
+    if ended:
+        await ask("select notifyq.complete(id) from notifyq.claim('q', 2)")
+    sessions = [await open_connection(dsn) for _ in range(2)]
+
+    async def send(session: TrioConnection, *parents: int) -> None:
+        jobs = [{"name": str(parent), "queue": "q", "after": [parent]} for parent in parents]
+        await rows(session, f"select from notifyq.send_flow('{json.dumps(jobs)}')")
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery, connection.transaction():
+            await rows(
+                connection, f"select from notifyq.{'archive' if ended else 'job'} where id = {second} for update"
+            )
+            # Whoever comes first is given it first, and then wants what the other has by now, if that has anything.
+            for session, parents in zip(sessions, [(second, first), (first, second)], strict=True):
+                nursery.start_soon(send, session, *parents)
+                await until_waiting(connection, session)
+    assert await ask("select count(*) from notifyq.dependency") == [(4,)]
+    for session in sessions:
+        await session.close()
 
 
 @either_end

@@ -99,6 +99,13 @@ async def test_what_could_not_fire_is_refused_and_the_fix_named(ask, queue, call
     assert await ask("select count(*) from notifyq.schedule") == [(0,)]
 
 
+async def test_an_unknown_option_of_a_declared_schedule_is_named(ask, queue):
+    with pytest.raises(psycopg.Error, match="unknown option: timezon") as caught:
+        await ask(DECLARE, '[{"name": "a", "every": 60, "timezon": "Europe/Berlin"}]')
+    assert caught.value.sqlstate == "NQ003"
+    assert await ask("select count(*) from notifyq.schedule") == [(0,)]
+
+
 async def test_an_unknown_queue_and_data_that_is_too_large_are_refused(ask, queue):
     for call in (
         "schedule('nowhere', every => '1 hour')",
@@ -287,6 +294,18 @@ async def test_a_next_firing_that_does_not_come_after_is_refused(ask, due, then_
         await ask(FIRE, number, moment, moment, then_at)
     assert caught.value.sqlstate == "NQ003"
     assert await ask("select count(*) from notifyq.job") == [(0,)]
+
+
+async def test_a_firing_that_the_policy_lets_make_no_job_is_skipped(ask, due):
+    number, moment = due
+    following = moment + timedelta(hours=1)
+    await ask("select notifyq.update_queue('q', '{\"policy\": \"exclusive\"}')")
+    [(standing,)] = await ask("select notifyq.send('q')")
+    assert await ask(FIRE, number, moment, moment, following) == [("skipped", None, None)]
+    assert await ask("select error, next_at, job from notifyq.schedules") == [(None, following, None)]
+    await ask("select notifyq.complete(id) from notifyq.claim('q')")
+    [(done, job, _)] = await ask(FIRE, number, following, following, following + timedelta(hours=1))
+    assert (done, job > standing) == ("fired", True)
 
 
 async def test_a_job_that_its_queue_refuses_is_reported_and_the_next_firing_is_tried(ask, due):
