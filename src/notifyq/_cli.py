@@ -37,6 +37,12 @@ IMPORTERS = (__file__, importlib.__file__, "<frozen importlib")
 """Beginnings of the names of files that stand between a command and what it imports."""
 
 
+def json_after_it(context: click.Context, as_json: bool) -> None:
+    """``--json`` of a group is of what it prints itself. Raises ``click.UsageError``."""
+    if as_json:
+        raise click.UsageError(f"give --json after {context.invoked_subcommand}")
+
+
 @attrs.frozen
 class Target:
     """Which installation the command is about."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from ._cli import as_json, cli, load_runtime
+from ._cli import as_json, cli, json_after_it, load_runtime
 from ._cli_table import show
 from ._client import Client
 from ._queue import Queue
@@ -24,8 +24,10 @@ __all__ = ["queues"]
 @click.pass_context
 def queues(context: click.Context, as_json: bool) -> None:
     """Counts of every queue; or change one."""
-    if context.invoked_subcommand is None:
-        show(context.obj.ask(Client.queue_stats), as_json, "queues")
+    if context.invoked_subcommand is not None:
+        json_after_it(context, as_json)
+        return
+    show(context.obj.ask(Client.queue_stats), as_json, "queues")
 
 
 @queues.command()

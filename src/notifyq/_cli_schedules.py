@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import click
 
-from ._cli import Target, as_json, cli
+from ._cli import Target, as_json, cli, json_after_it
 from ._cli_jobs import parsed
 from ._cli_table import show
 from ._client import Client
@@ -47,6 +47,7 @@ def _check_rule(cron: str | None, every: float | None) -> None:
 def schedules(context: click.Context, as_json: bool) -> None:
     """What sends jobs by itself, and when it does so next."""
     if context.invoked_subcommand is not None:
+        json_after_it(context, as_json)
         return
     target: Target = context.obj
     rows = []

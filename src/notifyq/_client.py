@@ -191,17 +191,24 @@ class Client(Planner):
                     await self._store.fail(connection, [one.id], failed, [one.attempt], None, [True], [None])
             return jobs
 
-    async def complete(self, job: Job[Any], output: Any = None) -> bool:
+    async def complete(self, job: Job[Any], output: Any = None, *, connection: TrioConnection | None = None) -> bool:
         """Complete a job fetched by hand; False, and nothing changes, if it was not ours any longer.
 
-        ``output``: JSON, or what cattrs turns into it. Raises ``InvalidData``.
+        ``output``: JSON, or what cattrs turns into it. With ``connection`` in the transaction that is open on it, with
+        what else you write there. Raises ``InvalidData``.
         """
         outputs = f"[{encode_untyped(output)}]"
-        async with self.connection() as connection:
-            return bool(await self._store.complete(connection, [_fetched(job).id], outputs, [job.attempt], None))
+        async with self._on(connection) as on:
+            return bool(await self._store.complete(on, [_fetched(job).id], outputs, [job.attempt], None))
 
     async def fail(
-        self, job: Job[Any], error: Exception | str, *, final: bool = False, retry_in: float | timedelta | None = None
+        self,
+        job: Job[Any],
+        error: Exception | str,
+        *,
+        final: bool = False,
+        retry_in: float | timedelta | None = None,
+        connection: TrioConnection | None = None,
     ) -> bool:
         """Fail the attempt of a job fetched by hand; it is retried as its options say, or in ``retry_in`` seconds.
 
@@ -212,8 +219,8 @@ class Client(Planner):
         errors = to_json([{"type": failed.type, "message": failed.message, "traceback": failed.traceback}])
         delay = failed.retry_in if retry_in is None else seconds(retry_in, "retry_in", least=0.0)
         final = flag(final, "final") or failed.final
-        async with self.connection() as connection:
-            return bool(await self._store.fail(connection, [job.id], errors, [job.attempt], None, [final], [delay]))
+        async with self._on(connection) as on:
+            return bool(await self._store.fail(on, [job.id], errors, [job.attempt], None, [final], [delay]))
 
     async def touch(self, job: Job[Any], extend: float | timedelta, /) -> None:
         """Give a job fetched by hand so many seconds from now. Raises ``LeaseLost`` and ``InvalidOption``."""

@@ -232,28 +232,30 @@ class Operator:
                 plain.get("due_at"),
             )
 
-    async def cancel(self, *jobs: Sent[Any] | int) -> list[int]:
-        """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "cancel", self._ids(jobs))
+    # each of these in the transaction that is open on ``connection``, if one is given
 
-    async def retry(self, *jobs: Sent[Any] | int) -> list[int]:
+    async def cancel(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
+        """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
+        async with self._on(connection) as on:
+            return await self._store.operate(on, "cancel", self._ids(jobs))
+
+    async def retry(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
         """Give failed jobs one more attempt, at once. Returns the ids affected.
 
         Where the queue's policy lets one of a key wait, a job whose key another one has by now is not.
         """
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "retry", self._ids(jobs))
+        async with self._on(connection) as on:
+            return await self._store.operate(on, "retry", self._ids(jobs))
 
-    async def resume(self, *jobs: Sent[Any] | int) -> list[int]:
+    async def resume(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
         """Put cancelled jobs back in line. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "resume", self._ids(jobs))
+        async with self._on(connection) as on:
+            return await self._store.operate(on, "resume", self._ids(jobs))
 
-    async def delete(self, *jobs: Sent[Any] | int) -> list[int]:
+    async def delete(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
         """Delete jobs in any state. Returns the ids affected."""
-        async with self.connection() as connection:
-            return await self._store.operate(connection, "delete", self._ids(jobs))
+        async with self._on(connection) as on:
+            return await self._store.operate(on, "delete", self._ids(jobs))
 
     async def delete_all(self, queue: ANY | str, state: str | None = None) -> int:
         """Delete a queue's jobs in one state, its ``waiting`` or ``finished`` ones, or all; returns how many."""

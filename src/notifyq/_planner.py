@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ._codec import encode_untyped, to_json
 from ._errors import InvalidOption, shown
 from ._operator import ANY, Operator, declared, queue_name
-from ._schedule import Schedule, check_plain_name
+from ._schedule import Schedule, check_name
 from ._sql import plain_options, text
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Planner(Operator):
             InvalidOption: nobody has subscribed, or a bad name or value.
             InvalidData: not JSON, or too large for one of the queues.
         """
-        check_plain_name(event, "event name")
+        check_name(event, "event name")
         document = encode_untyped(data)
         plain = plain_options({"headers": headers, "id_key": id_key})
         headers_text = None if headers is None else to_json(plain["headers"])
@@ -90,13 +90,13 @@ class Planner(Operator):
 
         Raises ``UnknownQueue`` and ``InvalidOption``.
         """
-        check_plain_name(event, "event name")
+        check_name(event, "event name")
         async with self._on(connection) as on:
             return await self._store.schedules.subscribe(on, event, queue_name(queue))
 
     async def unsubscribe(self, event: str, queue: ANY | str, *, connection: TrioConnection | None = None) -> bool:
         """End that; False if it had not subscribed. Raises ``UnknownQueue`` and ``InvalidOption``."""
-        check_plain_name(event, "event name")
+        check_name(event, "event name")
         async with self._on(connection) as on:
             return await self._store.schedules.unsubscribe(on, event, queue_name(queue))
 

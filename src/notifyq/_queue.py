@@ -15,7 +15,7 @@ from ._codec import check_type, encode, from_json, read_json
 from ._errors import InvalidData, InvalidOption, shown
 from ._handler import TransactionWorker, Worker, WorkerOptions, describe, worker_of
 from ._models import In, Job, JobHandle, Out, SendOptions
-from ._schedule import Schedule, distinct
+from ._schedule import Schedule, check_name, distinct
 from ._sql import (
     YEAR,
     check_option,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ._answers import Claimed
     from ._middleware import Middleware
 
-__all__ = ["BatchResult", "Queue", "check_name", "job_of"]
+__all__ = ["BatchResult", "Queue", "job_of"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,15 +72,7 @@ _WORKER_OPTIONS = (
     "max_priority",
     "key_limit",
 )
-_NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 _PATTERN = re.compile(r"[A-Za-z0-9_./*-]{1,100}")
-
-
-def check_name(name: Any, of: str) -> str:
-    """The name of a queue. Raises ``InvalidOption`` with the rule if it can't be one."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidOption(f"{of} {shown(name, 120)}: use 1 to 100 letters, digits and _ . - /")
-    return name
 
 
 def _is_pattern(name: Any) -> bool:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from ._cron import Rule
 
-__all__ = ["Missed", "Schedule", "ScheduleRecord", "check_plain_name", "distinct", "firings"]
+__all__ = ["Missed", "Schedule", "ScheduleRecord", "check_name", "distinct", "firings"]
 
 Missed = Literal["skip", "once"]
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,100}")
 
 
-def check_plain_name(name: Any, of: str) -> str:
-    """The name of a schedule or an event. Raises ``InvalidOption`` with the rule if it can't be one."""
+def check_name(name: Any, of: str) -> str:
+    """The name of a queue, a schedule or an event. Raises ``InvalidOption`` with the rule if it can't be one."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidOption(f"{of} {shown(name, 120)}: use 1 to 100 letters, digits and _ . - /")
     return name
@@ -74,7 +74,7 @@ class Schedule:
     when it is over 10 seconds late, or over a second and the next one is due as well."""
 
     def __attrs_post_init__(self) -> None:
-        check_plain_name(self.name, "schedule name")
+        check_name(self.name, "schedule name")
         try:
             self.rule()
         except InvalidOption as error:

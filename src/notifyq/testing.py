@@ -22,7 +22,7 @@ from psycopg import sql
 from . import _schema
 from ._bell import Bell
 from ._codec import from_json
-from ._connect import connect, resolve_dsn
+from ._connect import resolve_dsn
 from ._errors import InvalidOption, shown
 from ._opening import open_connection
 from ._operator import declared
@@ -186,10 +186,3 @@ async def _has_work(client: Client, runtime: Runtime) -> bool:
     paused = {one.name: one.paused for one in served}
     stats = [row for row in await client.queue_stats() if row["queue"] in paused]
     return any(row["active"] or ((row["ready"] or row["due"]) and not paused[row["queue"]]) for row in stats)
-
-
-@contextlib.asynccontextmanager
-async def fresh_client(dsn: str | None = None) -> AsyncIterator[tuple[Client, str]]:
-    """A client of a freshly installed schema in a database of its own, and that database's DSN."""
-    async with fresh_database(dsn) as own, connect(own) as nq:
-        yield nq, own

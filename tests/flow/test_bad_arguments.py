@@ -165,6 +165,7 @@ async def test_what_is_no_connection_is_refused_and_nothing_is_sent(nq, dsn):
     await nq.create_queue(Q)
     with psycopg.connect(dsn) as alien:
         await refused(lambda value: nq.send(Q, 1, connection=value), (5, "x", alien), "connection must be one")
+        await refused(lambda value: nq.cancel(1, connection=value), (5, "x", alien), "connection must be one")
     assert await nq.jobs() == []
 
 

@@ -116,7 +116,7 @@ async def test_what_cannot_be_written_read_or_changed_is_said_in_a_line(notifyq,
     (tmp_path / "file").touch()
     assert (await notifyq("new", "file/app"))[2] == "notifyq: file/app cannot be written to: Not a directory"
     assert "is not JSON" in (await notifyq("send", "q", "-", stdin="[" * 100_000))[2]
-    assert "use notifyq schedules add" in (await notifyq("queues", "set", "q", "schedules=[]"))[2]
+    assert "give --json after add" in (await notifyq("schedules", "--json", "add", "q", "--every", "60"))[2]
     sent = await nq.send(Queue("q"), {"a": 1})
     assert (await notifyq("edit", str(sent.id), "--data", "null"))[:2] == (0, "edited")
     assert (await nq.get(sent)).data is None

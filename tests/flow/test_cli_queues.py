@@ -67,6 +67,8 @@ async def test_a_queue_is_paused_resumed_and_changed(command, nq):
         (("set", "tenant.*", "retry_limit=1"), 1, "is a pattern"),
         (("set", "q"), 2, "Missing argument"),
         (("pause",), 2, "Missing argument"),
+        (("--json", "pause", "q"), 2, "give --json after pause"),
+        (("set", "q", "schedules=[]"), 2, "use notifyq schedules add"),
     ],
 )
 async def test_what_cannot_be_done_is_said_in_a_line(command, arguments, code, message):

@@ -33,6 +33,31 @@ async def test_send_joins_the_callers_transaction(nq):
     assert await testing.sent(nq, Q) == [2]
 
 
+@pytest.mark.parametrize("how", ["commit", "rollback"])
+async def test_settling_and_operating_join_the_callers_transaction(nq, how):
+    await nq.create_queue(Q)
+    await nq.send_many(Q, range(5))
+    done, broken = await nq.fetch(Q, 2)
+    waiting, dropped, resumed = [record.id for record in reversed(await nq.jobs(state="ready"))]
+    await nq.cancel(resumed)
+    before = [record.state for record in await nq.jobs()]
+    with contextlib.suppress(ZeroDivisionError):
+        async with nq.transaction() as connection:
+            assert await nq.complete(done, 1, connection=connection)
+            assert await nq.fail(broken, "x", final=True, connection=connection)
+            assert await nq.retry(broken.id, connection=connection) == [broken.id]
+            assert await nq.cancel(waiting, connection=connection) == [waiting]
+            assert await nq.resume(resumed, connection=connection) == [resumed]
+            assert await nq.delete(dropped, connection=connection) == [dropped]
+            assert [record.state for record in await nq.jobs()] == before
+            if how == "rollback":
+                raise ZeroDivisionError
+    states = {record.id: record.state for record in await nq.jobs()}
+    after = {done.id: "completed", broken.id: "ready", waiting: "cancelled", resumed: "ready"}
+    assert (states == after) == (how == "commit")
+    assert (list(states.values()) == before) == (how == "rollback")
+
+
 async def test_a_statement_sends_on_a_plain_psycopg_connection(nq, dsn):
     await nq.create_queue(Q)
     with psycopg.connect(dsn) as connection:
