@@ -45,6 +45,18 @@ class Seen:
         return self.of(kind)
 
 
+@pytest.fixture
+def claim_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have runtimes claim so many jobs more than they have slots for, as when their slots are known to be free soon."""
+
+    def claim_ahead(more: int) -> None:
+        monkeypatch.setattr(
+            "notifyq._hands.demand", lambda slots, taken, shelved, _: max(0, slots + more - taken - shelved)
+        )
+
+    return claim_ahead
+
+
 Start = Callable[..., Awaitable[Seen]]
 
 

@@ -160,7 +160,11 @@ begin
     into differing
     from jsonb_each_text(to_jsonb(standing) || jsonb_build_object('dead_letter', notifyq.queue_name(standing.dead_letter))) s
     join jsonb_each_text(to_jsonb(wanted) || jsonb_build_object('dead_letter', notifyq.queue_name(wanted.dead_letter))) w on w.key = s.key
-    where s.value is distinct from w.value;
+    where s.value is distinct from w.value
+    and not (
+        s.key in ('retry_delay', 'retry_delay_max', 'timeout', 'retention', 'expire_in', 'rate_period', 'key_rate_period', 'ageing')
+        and coalesce(s.value::interval = w.value::interval, false) -- 168 hours are 7 days
+    );
     return coalesce('differs: ' || differing, 'exists');
 end
 $$;
@@ -218,6 +222,20 @@ begin
     ) then
         raise exception '%', of || 'it has schedules or subscriptions, whose jobs have no key to be ordered by' using errcode = 'NQ003',
             hint = 'Remove them first: notifyq.unschedule(), notifyq.unsubscribe().';
+    end if;
+    select d.name into wrong
+    from notifyq.queue d
+    where d.policy = 'ordered'
+    and d.number = w.dead_letter
+    and w.dead_letter is distinct from (check_rules.standing).dead_letter;
+    if found then
+        raise exception '%', of || 'its dead_letter ' || wrong.name || ' is ordered by key, and dead letters have none' using errcode = 'NQ003',
+            hint = 'Name another queue.';
+    end if;
+    select d.name into wrong from notifyq.queue d where d.dead_letter = w.number limit 1;
+    if found and w.policy = 'ordered' and (check_rules.standing).policy <> 'ordered' then
+        raise exception '%', of || 'it is the dead letter of ' || wrong.name || ', whose copies have no key to be ordered by' using errcode = 'NQ003',
+            hint = 'Give that queue another dead_letter.';
     end if;
     if w.policy <> (check_rules.standing).policy and (
         exists (select from notifyq.ready t where t.queue = w.number)
@@ -293,10 +311,11 @@ begin
     from (select * from gone order by priority desc, number) g
     join notifyq.job j on j.id = g.job;
     update notifyq.blocked b
-    set number = n.number
+    set number = n.number, priority = case when b.parents > 0 then b.priority else notifyq.line_priority(n.priority, q.ageing) end
     from (
-        select o.job, notifyq.line_number(nextval('notifyq.job_id_seq'), o.priority, q.ageing) as number
+        select o.job, j.priority, notifyq.line_number(nextval('notifyq.job_id_seq'), j.priority, q.ageing) as number
         from (select * from notifyq.blocked t where t.queue = q.number order by t.priority desc, t.number) o
+        join notifyq.job j on j.id = o.job
     ) n
     where b.job = n.job;
     perform pg_notify(notifyq.channel(q.number), 'look'); -- wherever somebody looked from
@@ -369,10 +388,11 @@ begin
     and k.head is null
     and (k.starts is null or q.key_rate_period is distinct from was.key_rate_period);
     update notifyq.key k
-    set held = 0
+    set held = case when k.head is null then 0 else k.held end,
+        starts = case when q.key_rate_period = was.key_rate_period then k.starts end,
+        counts = case when q.key_rate_period = was.key_rate_period then k.counts end
     where k.queue = q.number
-    and k.generation = (select notifyq.generation(q.number))
-    and k.head is null;
+    and k.generation = (select notifyq.generation(q.number));
     insert into notifyq.key (queue, generation, key, held)
     select q.number, (select notifyq.generation(q.number)), a.key, count(*)
     from notifyq.active a

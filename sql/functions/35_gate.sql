@@ -60,14 +60,42 @@ as $$
     ) a
 $$;
 
--- Locks a queue's gate.
+-- Whether a transaction has been committed that this one's snapshot does not see.
+create or replace function notifyq.has_come_since(locker xid) returns boolean
+language plpgsql volatile
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    now_at constant bigint := pg_current_xact_id()::text::bigint;
+    -- One of the last 2^32 numbers; one that is older than all that is remembered came before. Where a transaction has locked
+    -- it in a savepoint, too, the mark is another number, and says nothing.
+    it constant bigint := now_at - (now_at - has_come_since.locker::text::bigint) % 4294967296;
+begin
+    return it between 3 and now_at
+        and it >= pg_snapshot_xmin(pg_current_snapshot())::text::bigint
+        and not pg_visible_in_snapshot(it::text::xid8, pg_current_snapshot())
+        and pg_xact_status(it::text::xid8) = 'committed';
+end
+$$;
+
+-- Locks a queue's gate. In a REPEATABLE READ or SERIALIZABLE transaction, raises 40001 if somebody was there since it began:
+-- what a claim has blocked meanwhile it would not see, and leave blocked.
 create or replace function notifyq.lock_gate(queue int) returns notifyq.gate
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     gate notifyq.gate;
+    locker xid;
 begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        -- As it is before it is waited for: the mark of the last one who locked it stays.
+        select g.xmax into locker from notifyq.gate g where g.queue = lock_gate.queue order by g.generation desc limit 1 for update;
+        if notifyq.has_come_since(locker) then
+            raise exception 'could not serialize access to a queue with rules: others have claimed or ended its jobs meanwhile'
+            using errcode = 'serialization_failure', hint = 'Try the transaction again, or use READ COMMITTED.';
+        end if;
+    end if;
     loop
         select * into gate from notifyq.gate g where g.queue = lock_gate.queue order by g.generation desc limit 1 for update;
         exit when found;

@@ -65,6 +65,7 @@ begin
         where d.parent = any (parents_ended.jobs)
         and d.state is null
         and b.job = any (array[d.child])
+        and b.parents > 0 -- and not for its key alone, taken back after it was cancelled
         and (parents_ended.how = 'completed' or b.on_failure = 'run')
         returning d.child
     )
@@ -292,8 +293,8 @@ declare
     number int := 0;
 begin
     foreach parent in array outstanding.parents loop
-        update notifyq.job j set flow = outstanding.flow where j.id = parent and j.flow is null;
-        perform from notifyq.job j where j.id = parent for share;
+        -- Also if it is marked already: who ends it in a transaction that began before shall see that it comes too late.
+        update notifyq.job j set flow = coalesce(j.flow, outstanding.flow) where j.id = parent;
         if found then
             number := number + 1;
             continue;

@@ -365,9 +365,9 @@ begin
         where j.id = any (array[t.job])
         returning j.*, t.source_name, t.new_id
     ), again as (
-        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, key, provenance)
+        insert into notifyq.job (id, queue, data, headers, priority, retry_limit, retry_delay, retry_delay_max, retry_backoff, timeout, expires_at, key, flow, provenance)
         select g.new_id, q.number, g.data, g.headers, coalesce((g.provenance ->> 'priority')::smallint, q.priority),
-            q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, g.provenance ->> 'key', nullif(g.provenance -> 'provenance', 'null')
+            q.retry_limit, q.retry_delay, q.retry_delay_max, q.retry_backoff, q.timeout, now() + q.expire_in, g.provenance ->> 'key', g.flow, nullif(g.provenance -> 'provenance', 'null')
         from gone g
         join notifyq.queue q on q.name = any (array[g.source_name])
         returning id, queue, priority
@@ -388,6 +388,13 @@ begin
         perform notifyq.free_keys(dead, heads);
         perform notifyq.advance(dead, moved.keys);
     end if;
+    perform notifyq.unreserve(dead.number, m.key, m.job) from unnest(moved.keys, moved.jobs) m (key, job);
+    -- What comes after it in a flow comes after the new one.
+    update notifyq.dependency d
+    set parent = m.new_id
+    from unnest(moved.jobs, moved.new_ids) m (job, new_id)
+    where d.parent = any (array[m.job])
+    and d.state is null;
     perform notifyq.forget(moved.jobs);
     return query
     select * from unnest(moved.jobs, moved.queues, moved.new_ids) m (job)

@@ -136,6 +136,12 @@ begin
     end if;
     select * into j from notifyq.job o where o.id = edit.job;
     select * into q from notifyq.queue o where o.number = j.queue;
+    if due is not null and j.expires_at is not null then
+        -- As long after its new moment as it was after the one before.
+        update notifyq.job o
+        set expires_at = greatest(due, now()) + (j.expires_at - greatest(j.sent_at, (select s.due_at from notifyq.scheduled s where s.job = j.id)))
+        where o.id = edit.job;
+    end if;
     if edit.data is not null then
         perform notifyq.data_fits(edit.data, q);
     end if;

@@ -57,7 +57,9 @@ class Atomic:
         One connection is spared, so that handlers that hold all others can still report progress, and send.
         """
         self._pool = pool
-        self._turns = QuickLock(max(1, pool.statistics().size - 1))
+        self.most = max(1, pool.statistics().size - 1)
+        """How many can run at once."""
+        self._turns = QuickLock(self.most)
         self._store = store
         self._runtime = runtime
         self._events = events

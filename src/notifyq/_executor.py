@@ -94,16 +94,14 @@ class Executor:
         self._queue = queue
         self._worker = queue.worker_function
         self._claimer = claimer
-        self._settle = settle
-        self._settled = settled
+        self._settle, self._settled = settle, settled
         self._handle = handle
         self._output_limit = output_limit
         self._events = events
         self._atomic = atomic
         self._runs: dict[int, _Run] = {}
         self._ended = trio.lowlevel.ParkingLot()
-        self._turn_ends = -math.inf
-        self._turn_is_over = False
+        self._turn_ends, self._turn_is_over = -math.inf, False
         self._set_out: list[_Run] = []
         self._watch = Bell()
         self.threads = Threads(self._worker.concurrency)
@@ -309,6 +307,8 @@ class Executor:
         room = True
         for outcome in self._judge(run, result, error):
             room = self._settle(outcome, self._queue.name)
+        if run.batch and (free := self._worker.batch_size - len(run.batch)):
+            self._claimer.hands.left_free(free)
         for claimed in run.batch:
             self._claimer.finished(claimed)
         run.batch, run.jobs = [], []

@@ -33,11 +33,15 @@ class Hands:
         self._idle_demand = 0
 
     async def take(self, how_many: int) -> list[Claimed]:
-        """Wait for jobs and take up to so many, in order, to run them."""
+        """Wait for jobs and take up to so many, in order, to run them in one call, whose places they all occupy."""
         jobs = await self.shelf.take(how_many)
-        self._running += len(jobs)
+        self._running += how_many
         self._room.ring()
         return jobs
+
+    def left_free(self, places: int) -> None:
+        """A call is about to end that was given fewer jobs than it has places."""
+        self._running -= places
 
     def finished(self) -> None:
         """A job that was taken has ended."""

@@ -275,6 +275,9 @@ class Queue(Generic[In, Out]):
 
     def _register(self, function: F, batch_size: int | None, **options: Any) -> F:
         where = f"worker of queue {self.name!r}"
+        for bound in ("min_priority", "max_priority"):
+            if options.get(bound) is not None and self.options.get("ageing") is not None:
+                raise InvalidOption(f"{where}: with ageing all priorities stand in one line, so there is no {bound}")
         if self.worker_function is not None:
             raise InvalidOption(f"{where}: {describe(self.worker_function.function)} is registered on it already")
         self.worker_function = worker_of(function, where, batch_size, **options)

@@ -60,6 +60,7 @@ class Roster:
         self._serving: dict[int, QueueWorker] = {}
         self._leaving: list[QueueWorker] = []
         self._scopes: dict[QueueWorker, trio.CancelScope] = {}
+        self._unheard: list[QueueWorker] = []
         self._bell = Bell()
         self._open = trio.CancelScope()
         self._told_serves: str | None = ""
@@ -165,10 +166,16 @@ class Roster:
                 self._tell(number, one)
             else:
                 added.append(self._add(one))
-        if added:
-            with contextlib.suppress(ConnectionLost):
-                await self._listener.hear()
-            await self._start(running, added)
+        if added or self._unheard:
+            late, self._unheard = self._unheard, [*self._unheard, *added]
+            try:
+                with contextlib.suppress(ConnectionLost):  # with the next connection all are heard
+                    await self._listener.hear()
+                self._unheard = []
+                for worker in late:
+                    worker.claimer.look_again()
+            finally:  # without notifications, if need be: the beats find their jobs
+                await self._start(running, added)
 
     async def _served(self) -> list[Served]:
         """On the listening connection, which is at rest most of the time, or another."""
@@ -208,10 +215,11 @@ class Roster:
     async def _end(self, worker: QueueWorker) -> None:
         """The queue has gone, or is another's now: what runs may end, and what it comes to is the fence's to judge."""
         if worker.info.number not in self._serving:
-            with contextlib.suppress(ConnectionLost):
+            with contextlib.suppress(NotifyqError, psycopg.Error):
                 await self._listener.forget(worker.info.channel)
         await worker.stop()
         if all(other.queue.name != worker.queue.name for other in self._serving.values()):
             worker.forget()
-        self._scopes.pop(worker).cancel()
+        if (scope := self._scopes.pop(worker, None)) is not None:
+            scope.cancel()
         self._leaving.remove(worker)

@@ -7,13 +7,16 @@ The protocol is in ``sql/functions/20_bell.sql``.
 from __future__ import annotations
 
 import math
+import random
 from typing import TYPE_CHECKING
 
 import attrs
+import psycopg
 import trio
 
+from ._backoff import reconnect_delay
 from ._bell import Bell
-from ._errors import ConnectionLost
+from ._errors import ConnectionLost, NotifyqError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +51,7 @@ class Standing:
         self._asked: dict[int, _Question] = {}
         self._taken: list[tuple[int, str]] = []
         self._bell = Bell()
+        self._random = random.Random()
         listener.on_connected(self._connected)
         listener.on_disconnected(self._lost)
 
@@ -83,14 +87,22 @@ class Standing:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Let go of what is not wanted any longer, and say what is taken, until cancelled."""
         task_status.started()
+        failures = 0
         while True:
             with trio.move_on_after(AGAIN if self._far.keys() != self._far_held else math.inf):
                 await self._bell.wait()
             self._bell.clear()
             try:
                 await self._listener.call(self._tell)
+                failures = 0
             except ConnectionLost:
                 self._taken.clear()  # they may have been let go of by the time that there is a connection
+            except (NotifyqError, psycopg.Error):  # of a passing fault others tell, whom it keeps from more than this
+                self._taken.clear()
+                failures += 1
+                await trio.sleep(reconnect_delay(failures, self._random))
+                if self._held - self._wanted:
+                    self._bell.ring()
 
     async def _answer(self, connection: TrioConnection) -> None:
         asked, self._asked = self._asked, {}
@@ -111,8 +123,8 @@ class Standing:
         for queue, numbers in taken:
             await self._store.say_taken(connection, queue, numbers)
         if gone := self._held - self._wanted:
-            self._held -= gone
             await self._store.stand_busy(connection, list(gone))
+            self._held -= gone
         if changed := list(self._far.keys() ^ self._far_held):
             stands = await self._store.stand_far(connection, changed, [queue in self._far for queue in changed])
             self._far_held.difference_update(changed)

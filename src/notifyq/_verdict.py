@@ -122,6 +122,9 @@ def failure_of(job: Job[Any], error: Exception | str) -> Failed:
 
 
 def _failure(job: Job[Any], error: BaseException) -> Outcome:
+    whole = error
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:  # trio's nurseries make one of each
+        error = error.exceptions[0]
     try:
         if isinstance(error, Snooze):
             return Snoozed(job.id, job.attempt, max(0.0, seconds(error.delay, "Snooze")), job._as_of)
@@ -131,10 +134,10 @@ def _failure(job: Job[Any], error: BaseException) -> Outcome:
             delay = None if error.delay is None else max(0.0, seconds(error.delay, "Retry"))
             return Failed(job.id, job.attempt, "Retry", _short(error.reason), retry_in=delay, as_of=job._as_of)
     except InvalidOption as invalid:
-        error = invalid
+        error = whole = invalid
     raised = error
     try:
-        text = "".join(traceback.format_exception(raised))
+        text = "".join(traceback.format_exception(whole))
     except Exception as broken:  # an exception may do anything when it is looked at
         text = f"(its traceback could not be written: {type(broken).__name__})"
     return Failed(

@@ -96,7 +96,9 @@ class QueueWorker:
                 release=self._release,
                 gone=gone,
             ),
-            capacity=worker.concurrency * worker.batch_size,
+            capacity=min(worker.concurrency, atomic.most)
+            if worker.transaction
+            else worker.concurrency * worker.batch_size,
             poll_interval=worker.poll_interval,
             priorities=worker.priorities,
             events=events,

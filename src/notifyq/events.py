@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import traceback
 from typing import TYPE_CHECKING
@@ -189,6 +190,8 @@ class Events:
         """Call ``subscriber`` with every event of these kinds (none given: every event). Raises ``InvalidOption``."""
         if not callable(subscriber):
             raise InvalidOption(f"a subscriber must be a function that takes an event, not {shown(subscriber)}")
+        if inspect.iscoroutinefunction(subscriber):
+            raise InvalidOption("a subscriber is called in the event loop and can't be async: give it a plain function")
         for kind in kinds:
             if not (isinstance(kind, type) and issubclass(kind, Event)):
                 raise InvalidOption(f"a kind of event must be a class of notifyq.events, not {shown(kind)}")

@@ -512,6 +512,7 @@ UNTRIED = {
     "_scheduler.Scheduler._fire_all: await self._broken(known.number, known.queue, known.name, str(error))",
     "_scheduler.Scheduler._fire_all: await self._fire([(known, step)])",
     "_standing.Standing._tell: await self._store.say_taken(connection, queue, numbers)",
+    "_standing.Standing.run: await trio.sleep(reconnect_delay(failures, self._random))",
     # Met in some rounds only: somebody else must be at something at that very moment.
     "_claimer.Claimer._drain: await self._wait_answered()",
     "_claimer.Claimer.run: await self._wait_answered()",

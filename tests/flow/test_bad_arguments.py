@@ -273,6 +273,19 @@ async def test_a_bad_option_of_a_worker_is_named_and_none_is_registered(option):
     assert queue.worker_function is not None
 
 
+def test_bounds_of_priorities_and_ageing_exclude_each_other():
+    for bound in ("min_priority", "max_priority"):
+        with pytest.raises(InvalidOption, match=f"there is no {bound}"):
+            Queue("q", int, int, ageing=60).worker(**{bound: 1})(work)
+
+
+def test_a_subscriber_is_no_async_function():
+    async def subscriber(event: notifyq.events.Event) -> None: ...
+
+    with pytest.raises(InvalidOption, match="can't be async"):
+        Runtime([served()]).subscribe(subscriber)
+
+
 async def test_what_cannot_be_a_worker_is_refused():
     def one_too_many(job: Job[int], more: int) -> int:
         return more

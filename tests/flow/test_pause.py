@@ -100,7 +100,8 @@ async def test_a_paused_queue_starts_nothing_anywhere_and_goes_on_at_once_when_r
     assert [event for seen in fleet for event in seen.of(ServerTrouble)] == []
 
 
-async def test_what_has_not_started_is_handed_back_unspent_and_what_runs_ends(start, nq, monkeypatch):
+async def test_what_has_not_started_is_handed_back_unspent_and_what_runs_ends(start, nq, monkeypatch, claim_ahead):
+    claim_ahead(3)
     monkeypatch.setattr("notifyq._shelf.STALE_SECONDS", HOUR)
     queue = Queue("q", int, int)
     running, gate = trio.Event(), trio.Event()
@@ -167,7 +168,8 @@ async def test_a_busy_queue_of_many_slots_stops_within_a_second(start, nq):
     assert len(sent) == 3000
 
 
-async def test_the_beat_tells_of_a_pause_and_its_end_when_no_notification_did(start, nq, monkeypatch):
+async def test_the_beat_tells_of_a_pause_and_its_end_when_no_notification_did(start, nq, monkeypatch, claim_ahead):
+    claim_ahead(1)
     monkeypatch.setattr("notifyq._shelf.STALE_SECONDS", HOUR)
     lose(monkeypatch, "queues", "look")
     queue = Queue("q", int, int)

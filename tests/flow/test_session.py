@@ -171,7 +171,8 @@ async def test_a_forged_cancel_of_a_running_job_is_asked_about_and_not_believed(
 # cancel
 
 
-async def test_a_job_cancelled_while_it_waits_for_the_next_batch_never_starts(start, nq, monkeypatch):
+async def test_a_job_cancelled_while_it_waits_for_the_next_batch_never_starts(start, nq, monkeypatch, claim_ahead):
+    claim_ahead(3)
     monkeypatch.setattr("notifyq._shelf.STALE_SECONDS", HOUR)
     queue = Queue("q", int, int)
     ran: list[int] = []
@@ -448,6 +449,22 @@ async def fails_alone(start: Any, nq: notifyq.Client, queue: Queue[str, Any], ty
         assert (failed.job_id, failed.type, failed.state) == (sent.id, type_, state)
     with trio.fail_after(5):
         assert await nq.result(await nq.send(fine, 1)) == 1
+
+
+async def test_a_runtime_stops_as_ever_when_its_schema_has_gone(start, nq, connection):
+    queue = Queue("q", int, int)
+
+    @queue.worker
+    async def work(job: Job[int]) -> int:
+        return job.data
+
+    seen = await start(queue)
+    with trio.fail_after(20):
+        await nq.result(await nq.send(queue, 1))
+        await connection.execute(b"alter schema notifyq rename to elsewhere")
+        seen.runtime.stop()
+        await seen.wait(events.RuntimeStopped, seconds=20)
+    await connection.execute(b"alter schema elsewhere rename to notifyq")
 
 
 async def test_what_a_subscriber_raises_is_logged_and_ends_nothing(start, nq, caplog):
@@ -989,7 +1006,8 @@ def attempt_queue(**options: Any) -> Queue[int, int]:
     return queue
 
 
-async def test_jobs_claimed_at_once_that_find_no_slot_in_time_are_handed_back(start, nq):
+async def test_jobs_claimed_at_once_that_find_no_slot_in_time_are_handed_back(start, nq, claim_ahead):
+    claim_ahead(3)
     queue = Queue("q", int, int)
     running = trio.Event()
     gate = trio.Event()

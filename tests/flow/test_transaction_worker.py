@@ -43,11 +43,12 @@ async def write(job: Job[int], connection: Connection) -> int:
 def queue_of(
     handler: Callable[[Job[int], Connection], Awaitable[Any]],
     *,
+    name: str = "q",
     output: Any = int,
     concurrency: int = 5,
     **options: Any,
 ) -> Queue[int, Any]:
-    queue = Queue("q", int, output, **{"retry_delay": 0, "retry_limit": 1, **options})
+    queue = Queue(name, int, output, **{"retry_delay": 0, "retry_limit": 1, **options})
     queue.worker(transaction=True, poll_interval=HOUR, concurrency=concurrency)(handler)
     return queue
 
@@ -470,9 +471,10 @@ async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, w
             await gate.wait()
         return await write(job, connection)
 
-    queue = queue_of(work, retry_limit=0, concurrency=2)
-    seen = await start(queue, pool_size=1)
-    holder = await nq.send(queue, 0)
+    queue, other = queue_of(work, retry_limit=0), queue_of(work, name="other", retry_limit=0)
+    seen = await start(queue, other, pool_size=1)
+    holder = await nq.send(other, 0)
+    await seen.wait(JobClaimed)
     sent = await nq.send(queue, 1)
     with trio.fail_after(10):
         while (await nq.get(sent)).state != "ready":  # handed back
@@ -484,6 +486,27 @@ async def test_a_job_that_gets_no_connection_is_handed_back_unspent(start, nq, w
     assert (seen.of(JobFailed), seen.of(LeaseLost)) == ([], [])
 
 
+async def test_what_gets_no_turn_here_is_left_to_a_runtime_that_has_one(start, nq, written):
+    gate = trio.Event()
+
+    async def work(job: Job[int], connection: Connection) -> int:
+        if job.data < 2:
+            await gate.wait()
+        return await write(job, connection)
+
+    await start(queue_of(work, concurrency=10), pool_size=3)
+    held = [await nq.send(queue_of(work), number) for number in range(2)]
+    with trio.fail_after(10):
+        while {(await nq.get(one)).state for one in held} != {"active"}:
+            await trio.sleep(0.005)
+        await start(queue_of(work, concurrency=10), pool_size=3)
+        for number in range(2, 12):
+            assert await nq.result(await nq.send(queue_of(work), number)) == number
+        gate.set()
+        for one in held:
+            await nq.result(one)
+
+
 async def test_waiting_for_a_connection_is_no_part_of_the_attempt(start, nq, written):
     gate = trio.Event()
 
@@ -492,9 +515,10 @@ async def test_waiting_for_a_connection_is_no_part_of_the_attempt(start, nq, wri
             await gate.wait()
         return await write(job, connection)
 
-    queue = queue_of(work, retry_limit=0, concurrency=2)
-    seen = await start(queue, pool_size=1, lease=1)
-    await nq.send(queue, 0)
+    queue, other = queue_of(work, retry_limit=0), queue_of(work, name="other", retry_limit=0)
+    seen = await start(queue, other, pool_size=1, lease=1)
+    await nq.send(other, 0)
+    await seen.wait(JobClaimed)
     sent = await nq.send(queue, 1, timeout=0.3)
     await seen.wait(JobClaimed, 2)
     await trio.sleep(2)  # longer than a handler that ignores its timeout is waited for
@@ -510,10 +534,12 @@ async def test_a_job_that_waits_for_a_connection_when_the_runtime_stops_is_hande
         await trio.sleep_forever()
         return job.data
 
-    queue = queue_of(work, concurrency=2)
-    seen = await start(queue, pool_size=1, grace=0)
-    sent = [await nq.send(queue, data) for data in (0, 1)]
-    await seen.wait(JobClaimed, 2)
+    queues = [queue_of(work), queue_of(work, name="other")]
+    seen = await start(*queues, pool_size=1, grace=0)
+    sent = []
+    for data, queue in enumerate(queues):
+        sent.append(await nq.send(queue, data))
+        await seen.wait(JobClaimed, len(sent))
     await trio.testing.wait_all_tasks_blocked(0.1)
     seen.runtime.stop()
     await seen.wait(notifyq.events.RuntimeStopped)

@@ -63,6 +63,26 @@ def rosters(monkeypatch):
     return made
 
 
+async def test_a_queue_whose_channel_could_not_be_listened_on_at_first_is_served_all_the_same(start, nq, monkeypatch):
+    ran: list[tuple[str, int]] = []
+    seen = await start(pattern("tenant.*", ran), lease=HOUR)
+    hear = Listener._hear_all
+
+    async def fail_once(self: Listener, connection: Any) -> None:
+        monkeypatch.setattr(Listener, "_hear_all", hear)
+        raise notifyq.ServerTrouble("canceling statement due to user request")
+
+    monkeypatch.setattr(Listener, "_hear_all", fail_once)
+    await nq.create_queue(Queue("tenant.a"))
+    await seen.wait(ServerTrouble)
+    with trio.fail_after(10):
+        assert await nq.result(await nq.send(Queue("tenant.a", int, int), 1)) == 1
+        await nq.delete_queue("tenant.a")
+        await nq.create_queue(Queue("tenant.b"))
+        assert await nq.result(await nq.send(Queue("tenant.b", int, int), 2)) == 2
+    assert ran == [("tenant.a", 1), ("tenant.b", 2)]
+
+
 async def test_it_serves_what_matches_and_what_is_made_later_at_once(start, nq):
     ran: list[tuple[str, int]] = []
     for name in ("tenant.a", "tenant.b", "tenants", "other"):

@@ -403,6 +403,57 @@ async def test_snooze_spends_no_attempt_and_retry_spends_one(start, nq):
     assert len(seen.of(JobFailed)) == 2
 
 
+async def test_a_signal_out_of_a_nursery_is_the_same_signal(start, nq):
+    queue = Queue("q", str, str, retry_limit=1, retry_delay=0)
+    signals = {"fail": notifyq.Fail("no"), "discard": notifyq.Discard(), "snooze": notifyq.Snooze(0.01)}
+
+    @queue.worker
+    async def raise_it(job: Job[str]) -> str:
+        async with trio.open_nursery(), trio.open_nursery():
+            if job.data in signals:
+                raise signals.pop(job.data)
+            if job.data == "error":
+                raise KeyError("salt")
+        return f"{job.data} {job.attempt}"
+
+    seen = await start(queue)
+    fail, discard, snooze, error = [await nq.send(queue, data) for data in ("fail", "discard", "snooze", "error")]
+    with trio.fail_after(5):
+        assert await nq.result(snooze) == "snooze 1"
+        for job, state in ((fail, "failed"), (discard, "cancelled"), (error, "failed")):
+            with pytest.raises(notifyq.JobFailed) as caught:
+                await nq.result(job)
+            assert caught.value.state == state
+    kinds = [(event.job_id, event.type) for event in seen.of(JobFailed)]
+    assert sorted(kinds) == [(fail.id, "Fail"), (error.id, "KeyError"), (error.id, "KeyError")]
+    assert "Exceptions from Trio nursery" in (await nq.get(error)).error["traceback"]
+
+
+async def test_a_batch_that_is_not_full_keeps_no_jobs_from_others_who_are_free(start, nq):
+    gate = trio.Event()
+
+    def queue_of() -> Queue[int, None]:
+        queue = Queue("q", int, None)
+
+        @queue.batch_worker(batch_size=10, poll_interval=HOUR)
+        async def work(jobs: list[Job[int]]) -> None:
+            if jobs[0].data == 0:
+                await gate.wait()
+
+        return queue
+
+    busy = await start(queue_of())
+    held = await nq.send(queue_of(), 0)
+    await busy.wait(JobClaimed)
+    await start(queue_of())
+    with trio.fail_after(5):
+        for number in range(1, 13):
+            await nq.result(await nq.send(queue_of(), number))
+        gate.set()
+        await nq.result(held)
+    assert [event.job_id for event in busy.of(JobClaimed)] == [held.id]
+
+
 async def test_fail_is_final_and_discard_leaves_no_dead_letter(start, nq):
     dead = Queue("dead")
     queue = Queue("q", str, int, retry_limit=5, dead_letter=dead)

@@ -21,6 +21,17 @@ async def test_data_priority_and_time_of_a_waiting_job_are_edited(ask):
     assert await ask("select id, data, priority from notifyq.claim('q')") == [(job, 2, 7)]
 
 
+async def test_a_job_that_is_put_off_has_as_long_to_start_as_before(ask):
+    [(job,)] = await ask("select notifyq.send('q', expire_in => '1 minute')")
+    [(later,)] = await ask("select notifyq.send('q', delay => '1 hour', expire_in => '1 minute')")
+    for each in (job, later):
+        await ask("select notifyq.update_job(%s, delay => '2 hours')", each)
+    expiry = "select round(extract(epoch from expires_at - now()) / 60)::int from notifyq.job order by id"
+    assert await ask(expiry) == [(121,), (121,)]
+    await ask("select notifyq.update_job(%s, delay => '0')", later)
+    assert await ask(expiry) == [(121,), (1,)]
+
+
 async def test_a_ready_job_can_be_put_off_and_moved_up(ask):
     [(a,)] = await ask("select notifyq.send('q')")
     [(b,)] = await ask("select notifyq.send('q')")

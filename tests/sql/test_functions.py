@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import psycopg
 import pytest
 import trio
@@ -293,6 +295,15 @@ async def test_a_claim_that_need_not_be_durable_spares_its_transaction_the_flush
         await ask("select notifyq.claim('q', durably => false)")
         assert await ask("show synchronous_commit") == [("off",)]
     assert await ask("show synchronous_commit") == [("on",)]
+
+
+async def test_the_same_duration_in_other_words_does_not_differ(ask):
+    options = {"retention": "168 hours", "retry_delay": 60, "expire_in": None}
+    assert await ask("select notifyq.create_queue('q', '{\"retry_delay\": \"1 minute\"}')") == [("created",)]
+    assert await ask("select notifyq.create_queue('q', %s)", json.dumps(options)) == [("exists",)]
+    options |= {"retention": 3600, "expire_in": 5}
+    [(answer,)] = await ask("select notifyq.create_queue('q', %s)", json.dumps(options))
+    assert answer == "differs: expire_in is none, not 00:00:05; retention is 7 days, not 01:00:00"
 
 
 async def test_claim_refuses_other_isolation_levels_in_words(connection, ask, queue):

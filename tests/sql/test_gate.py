@@ -332,6 +332,82 @@ async def test_a_dead_letter_whose_key_is_taken_does_not_keep_others_from_being_
     assert await q.ask("select id from notifyq.jobs where queue = 'dead'") == [(first,)]
 
 
+async def test_a_child_that_was_cancelled_and_taken_back_does_not_wait_for_its_parent(ask, line):
+    q = await line(key_limit=1)
+    [holder] = await q.send("k")
+    assert await q.claim() == [holder]
+    flow = '[{"name": "a", "queue": "parents"}, {"name": "b", "queue": "q", "key": "k", "after": ["a"]}]'
+    await ask("select notifyq.create_queue('parents')")
+    _, (_, child) = await ask("select * from notifyq.send_flow(%s)", flow)
+    assert await ask("select notifyq.cancel(%s), notifyq.resume(%s)", child, child) == [(True, True)]
+    assert await q.claim() == []
+    assert await q.states(child) == ["blocked"]
+    await ask("select notifyq.complete(id) from notifyq.claim('parents')")
+    await q.complete(holder)
+    assert await q.claim() == [child]
+
+
+@pytest.mark.parametrize("policy", ["standard", "exclusive"])
+async def test_what_comes_after_a_dead_letter_comes_after_what_it_was_redriven_as(ask, line, policy):
+    await ask("select notifyq.create_queue('dead', %s)", json.dumps({"policy": policy, "retry_limit": 0}))
+    q = await line(retry_limit=0, dead_letter="dead")
+    await q.send("k")
+    for job in await q.claim():
+        await q.ask("select notifyq.fail(%s, 'x')", job)
+    [(dead,)] = await ask("select id from notifyq.claim('dead')")
+    await ask("select notifyq.fail(%s, 'x', final => true)", dead)
+    await ask("select notifyq.retry(%s)", dead)
+    flow = json.dumps([{"name": "b", "queue": "q", "after": [dead]}])
+    [(_, child)] = await ask("select * from notifyq.send_flow(%s)", flow)
+    [(_, _, again)] = await ask("select * from notifyq.redrive('dead')")
+    assert await q.claim() == [again]
+    assert await q.states(child) == ["blocked"]
+    await q.complete(again)
+    assert await q.claim() == [child]
+    assert await ask("select created from notifyq.try_send('dead')") == [(True,)]
+
+
+@pytest.mark.parametrize("policy", ["ordered", "stately"])
+async def test_another_period_of_a_rate_does_not_count_starts_as_of_its_own(ask, line, policy):
+    q = await line(policy=policy, key_rate_limit=1, key_rate_period=1)
+    [a] = await q.send("k")
+    assert await q.claim() == [a]
+    await ask("select notifyq.fail(%s, 'x', retry_in => '0')", a)
+    await ask("""select notifyq.update_queue('q', '{"key_rate_period": 60}')""")
+    assert await q.claim() == [a]
+    await q.complete(a)
+    [b] = await q.send("k")
+    assert await q.claim() == []
+    [(seconds,)] = await ask(
+        "select extract(epoch from due_at - now())::float8 from notifyq.scheduled where job = %s", b
+    )
+    assert 0 < seconds < 62
+
+
+async def test_without_ageing_blocked_jobs_have_their_priorities_again(ask, line):
+    q = await line(key_limit=1, ageing=60)
+    [a, b] = await q.send("k", "k")
+    assert await q.claim() == [a]
+    [(urgent,)] = await ask("select notifyq.send('q', key => 'k', priority => 9)")
+    assert await q.claim() == []
+    await ask("""select notifyq.update_queue('q', '{"ageing": null}')""")
+    [(less,)] = await ask("select notifyq.send('q', key => 'k', priority => 2)")
+    for job, following in ((a, urgent), (urgent, less), (less, b)):
+        await q.complete(job)
+        assert await q.claim() == [following]
+
+
+async def test_an_ordered_queue_is_no_dead_letter_queue(ask, line):
+    await line(policy="ordered")
+    await ask("select notifyq.create_queue('dead'), notifyq.create_queue('other', '{\"dead_letter\": \"dead\"}')")
+    for change in ("'other', '{\"dead_letter\": \"q\"}'", "'dead', '{\"policy\": \"ordered\"}'"):
+        with pytest.raises(psycopg.Error, match=r"have no key|have none") as caught:
+            await ask(f"select notifyq.update_queue({change})")
+        assert caught.value.sqlstate == "NQ003"
+    await ask("""select notifyq.update_queue('other', '{"dead_letter": null}')""")
+    await ask("""select notifyq.update_queue('dead', '{"policy": "ordered"}')""")
+
+
 async def test_a_failed_head_that_is_purged_frees_its_key(line):
     q = await line(policy="ordered", retry_limit=0, retention=None)
     a, b = await q.send("k", "k")

@@ -245,6 +245,76 @@ def complete(*jobs: int) -> str:
     return f"select notifyq.complete('{{{','.join(map(str, jobs))}}}'::bigint[])"
 
 
+# ends in a transaction that sees what was there when it began
+
+ENDINGS = [
+    complete(1),
+    "select notifyq.cancel(1)",
+    "select notifyq.delete(1)",
+    "select notifyq.fail(1, 'x', final => true)",
+]
+OLD_SNAPSHOTS = pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+
+
+@OLD_SNAPSHOTS
+@pytest.mark.parametrize("options", [{"policy": "singleton"}, {"policy": "ordered", "retention": 0}, {"key_limit": 1}])
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_end_in_a_snapshot_from_before_a_claim_blocked_something_is_to_be_tried_again(
+    ask, other, queue, send, claim, well, options, ending, isolation
+):
+    await queue(**options)
+    assert (await send("k"), await claim()) == ([1], [1])
+    await rows(other, f"begin isolation level {isolation}")
+    await rows(other, "select count(*) from notifyq.job")
+    [waits] = await send("k")
+    assert await claim() == []
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        await rows(other, ending)
+    await rows(other, "rollback")
+    await rows(other, f"begin isolation level {isolation}")
+    await rows(other, ending)
+    await rows(other, "commit")
+    assert await claim() == [waits]
+    await well()
+
+
+@OLD_SNAPSHOTS
+async def test_an_end_in_a_snapshot_that_is_still_true_needs_no_second_try(
+    ask, other, queue, send, claim, well, isolation
+):
+    await queue(policy="singleton")
+    assert (await send("k", "k"), await claim()) == ([1, 2], [1])
+    for job in (1, 2):
+        await rows(other, f"begin isolation level {isolation}")
+        await rows(other, "select count(*) from notifyq.job")
+        await send("k", "other")
+        await rows(other, complete(job))
+        await rows(other, "commit")
+        assert job + 1 in await claim()
+    await well()
+
+
+@OLD_SNAPSHOTS
+@pytest.mark.parametrize("ending", [complete(1), "select notifyq.cancel(1)"])
+async def test_a_parents_end_in_a_snapshot_from_before_a_flow_came_after_it_is_to_be_tried_again(
+    ask, other, queue, send, claim, ending, isolation
+):
+    await queue()
+    await ask("""select notifyq.send_flow('[{"name": "a", "queue": "q"}]')""")
+    [parent] = await claim()
+    ending = ending.replace("1", str(parent))
+    await rows(other, f"begin isolation level {isolation}")
+    await rows(other, "select count(*) from notifyq.job")
+    await ask(
+        f"""select notifyq.send_flow('[{{"name": "b", "queue": "q", "after": [{parent}], "on_failure": "run"}}]')"""
+    )
+    with pytest.raises(psycopg.errors.SerializationFailure):
+        await rows(other, ending)
+    await rows(other, "rollback")
+    await ask(ending)
+    assert len(await claim()) == 1
+
+
 # senders of one key
 
 

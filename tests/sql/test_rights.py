@@ -96,13 +96,13 @@ OWNERS = """
     add_keys admit advance announce apply_rights apply_rules as_active backoff check_cron check_event check_options
     check_rules check_schedule copy_to_dead_letter count_starts cron_field cron_fires data_fits debounce_standing
     delete_in duration edit end_expired finish first_of_keys flow_order forget free free_keys free_waiting_keys
-    generation give_rights grant_role headers_fit how_many_fits key_fits key_options_fit lapsed leave_active leave_line
-    leave_waiting leaves_on line_number line_priority line_up lock_gate lock_gates lock_parents lock_waiting next_blocked
-    next_multiple options_fit outstanding parents_ended promote put_schedule queue_name queue_option_names rate_add
-    rate_next rate_room recover redrivable refuse_claim refuse_time release_heads renew_keys renew_worn_keys reserve
-    revive revoke_role rights ring_back ring_look ring_ready ring_scheduled send_each send_one sift somebody_may_come
-    somebody_stands_far stand_behind take_ready take_turns tell_queues tell_runtimes try_lock_gates unreserve
-    with_options
+    generation give_rights grant_role has_come_since headers_fit how_many_fits key_fits key_options_fit lapsed
+    leave_active leave_line leave_waiting leaves_on line_number line_priority line_up lock_gate lock_gates
+    lock_parents lock_waiting next_blocked next_multiple options_fit outstanding parents_ended promote put_schedule
+    queue_name queue_option_names rate_add rate_next rate_room recover redrivable refuse_claim refuse_time
+    release_heads renew_keys renew_worn_keys reserve revive revoke_role rights ring_back ring_look ring_ready
+    ring_scheduled send_each send_one sift somebody_may_come somebody_stands_far stand_behind take_ready take_turns
+    tell_queues tell_runtimes try_lock_gates unreserve with_options
 """
 
 VIEWS = {
