@@ -16,6 +16,7 @@ import trio
 from ._bell import Bell
 from ._ending import being_cancelled, ends_all, survived
 from ._errors import InvalidOption, LeaseLost
+from ._leaks import CleanContext
 from ._middleware import wrap
 from ._queue import job_of
 from ._threads import Threads
@@ -91,14 +92,11 @@ class Executor:
         """
         if queue.worker_function is None:
             raise InvalidOption(f"queue {queue.name!r} has no worker: register one with @queue.worker")
-        self._queue = queue
-        self._worker = queue.worker_function
+        self._queue, self._worker = queue, queue.worker_function
         self._claimer = claimer
         self._settle, self._settled = settle, settled
-        self._handle = handle
+        self._handle, self._events, self._atomic = handle, events, atomic
         self._output_limit = output_limit
-        self._events = events
-        self._atomic = atomic
         self._runs: dict[int, _Run] = {}
         self._ended = trio.lowlevel.ParkingLot()
         self._turn_ends, self._turn_is_over = -math.inf, False
@@ -125,7 +123,7 @@ class Executor:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_deadlines)
             for _ in range(self._worker.concurrency):
-                nursery.start_soon(self._slot)
+                nursery.start_soon(self._slot, nursery, CleanContext())
             task_status.started()
 
     async def wait_idle(self) -> None:
@@ -196,13 +194,13 @@ class Executor:
                     self._settle(timed_out(job), self._queue.name)
                     self._events.emit(HandlerStuck(f"job {job.id} of queue {job.queue} ignores its timeout"))
 
-    async def _slot(self) -> None:
-        while True:
+    async def _slot(self, slots: trio.Nursery, clean: CleanContext) -> None:
+        while not clean.is_left():
             run = _Run()
             error: Exception | None = None
             try:
                 with run.scope:  # it serves until it is cancelled: to enter one takes as long as a small job
-                    while await self._take_and_call(run):
+                    while await self._take_and_call(run) and not clean.is_left():
                         pass
             except Exception as raised:  # what is left of a group whose other part was our cancelling, above all
                 error = raised
@@ -215,6 +213,7 @@ class Executor:
             await self._settled()
             if run.ended >= self._turn_ends:
                 await self._give_way()
+        clean.run(slots.start_soon, self._slot, slots, clean)  # what a handler has set is for its own job
 
     async def _take_and_call(self, run: _Run) -> bool:
         """One call of the worker, settled. False: the scope of the call has been cancelled."""

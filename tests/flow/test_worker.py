@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -401,6 +402,47 @@ async def test_snooze_spends_no_attempt_and_retry_spends_one(start, nq):
         assert await nq.result(await nq.send(queue, "retry")) == 3
     assert len(seen.of(JobSnoozed)) == 2
     assert len(seen.of(JobFailed)) == 2
+
+
+@pytest.mark.parametrize("kind", ["async", "sync", "raising", "cancelled"])
+async def test_context_variables_of_a_job_are_its_own(start, nq, kind):
+    tenant: ContextVar[Any] = ContextVar("tenant")
+    outer: ContextVar[str] = ContextVar("outer")
+    outer.set("outside")
+    queue = Queue("q", int, list)
+    cancelled = trio.Event()
+
+    async def layer(job: Job[int], call_next: Any) -> Any:
+        before = [tenant.get(None), outer.get()]
+        if job.data == 0:
+            tenant.set([float("nan")])
+            outer.set("inside")
+        await call_next(job)
+        return before
+
+    async def work(job: Job[int]) -> list[Any]:
+        if job.data == 0:
+            assert outer.get() == "inside"
+            if kind == "raising":
+                raise ValueError
+            if kind == "cancelled":
+                cancelled.set()
+                await trio.sleep_forever()
+        return []
+
+    def in_thread(job: Job[int]) -> list[Any]:
+        assert (outer.get() == "inside") == (job.data == 0)
+        return []
+
+    queue.worker(concurrency=1, middleware=[layer])(in_thread if kind == "sync" else work)  # type: ignore[arg-type]
+    await start(queue)
+    with trio.fail_after(5):
+        first = await nq.send(queue, 0, retry_limit=0)
+        if kind == "cancelled":
+            await cancelled.wait()
+            await nq.cancel(first)
+        for number in range(1, 4):
+            assert await nq.result(await nq.send(queue, number)) == [None, "outside"]
 
 
 async def test_a_signal_out_of_a_nursery_is_the_same_signal(start, nq):
