@@ -213,7 +213,8 @@ class Client(Planner):
         """Fail the attempt of a job fetched by hand; it is retried as its options say, or in ``retry_in`` seconds.
 
         ``error`` is kept as a worker's is: its type, message and traceback, cut short. ``notifyq.Fail`` is final,
-        ``notifyq.Retry`` says when. False, and nothing changes, if it was not ours any longer. Raises ``InvalidOption``.
+        ``notifyq.Retry`` says when. False, and nothing changes, if it was not ours any longer. ``connection`` as for
+        ``complete``. Raises ``InvalidOption``.
         """
         failed = failure_of(_fetched(job), error)
         errors = to_json([{"type": failed.type, "message": failed.message, "traceback": failed.traceback}])

@@ -232,15 +232,16 @@ class Operator:
                 plain.get("due_at"),
             )
 
-    # each of these in the transaction that is open on ``connection``, if one is given
-
     async def cancel(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
-        """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected."""
+        """Cancel jobs: waiting ones at once, running ones by request to their runtime. Returns the ids affected.
+
+        With ``connection`` in the transaction that is open on it: with its rollback nothing has been done.
+        """
         async with self._on(connection) as on:
             return await self._store.operate(on, "cancel", self._ids(jobs))
 
     async def retry(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
-        """Give failed jobs one more attempt, at once. Returns the ids affected.
+        """Give failed jobs one more attempt, at once. Returns the ids affected. ``connection`` as for ``cancel``.
 
         Where the queue's policy lets one of a key wait, a job whose key another one has by now is not.
         """
@@ -248,12 +249,15 @@ class Operator:
             return await self._store.operate(on, "retry", self._ids(jobs))
 
     async def resume(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
-        """Put cancelled jobs back in line. Returns the ids affected."""
+        """Put cancelled jobs back in line, but for those that ``retry`` would leave, too. Returns the ids affected.
+
+        ``connection`` as for ``cancel``.
+        """
         async with self._on(connection) as on:
             return await self._store.operate(on, "resume", self._ids(jobs))
 
     async def delete(self, *jobs: Sent[Any] | int, connection: TrioConnection | None = None) -> list[int]:
-        """Delete jobs in any state. Returns the ids affected."""
+        """Delete jobs in any state. Returns the ids affected. ``connection`` as for ``cancel``."""
         async with self._on(connection) as on:
             return await self._store.operate(on, "delete", self._ids(jobs))
 
